@@ -1,0 +1,49 @@
+# make demo        prune a small network and write the results to out/demo
+# make test        style, types and the fast tests
+# make slow        the slow tests
+# make benchmarks  the benchmarks, which print their tables
+# make clean       remove what the tools left behind (the virtual environment stays)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# An installation is repeated when, and only when, what it was made from is newer than its stamp.
+DATA_STAMP := $(VENV)/.installed-data
+DEV_STAMP := $(VENV)/.installed-dev
+INPUTS := pyproject.toml constraints.txt
+# One thread for each test process: two processes already fill two cores.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+.PHONY: demo test slow benchmarks clean
+
+demo: $(DATA_STAMP)
+	$(BIN)/nettrim demo --output out/demo
+
+test: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+
+slow: $(DEV_STAMP)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m slow
+
+benchmarks: $(DATA_STAMP)
+	$(BIN)/python benchmarks/first_layer.py
+	$(BIN)/python benchmarks/whole_network.py
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(DATA_STAMP): $(INPUTS) | $(BIN)/python
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[data]"
+	touch $@
+
+# What the tests need includes what the demo needs.
+$(DEV_STAMP): $(INPUTS) | $(BIN)/python
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev]"
+	touch $(DATA_STAMP) $@
+
+clean:
+	rm -rf out build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,218 @@
+"""What is guaranteed, as plain data, and the arithmetic that recomputes it in float64 from inputs and weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from scipy.stats import beta
+from torch import Tensor
+
+from .duality import DualPoint, relative_gap
+from .preimage import Activation, nearest_point
+from .status import InvalidInput
+
+ROUNDING = 1e-9  # relative allowance for the order of summation in float64
+
+
+@dataclass(frozen=True)
+class LayerCertificate:
+    """The guarantee of one layer on the calibration rows that its program used.
+
+    ``distance`` is ``dist(A W + 1 b^T, S(Y))`` and ``discrepancy`` is ``||X_hat - X||_F`` of the layer's output inside
+    the two networks, both in float64 from the stored weights. ``bound`` is the proven upper bound of that discrepancy
+    (``None`` where the network's structure gives none; ``reason`` says why). ``gap`` is the relative duality gap of the l1
+    program: the stored weights' l1 norm is at most ``(1 + gap)`` times the smallest possible.
+    """
+
+    name: str
+    activation: str
+    rows: int
+    rows_total: int
+    reference_norm: float
+    tolerance: float | None
+    distance: float
+    distance_all_rows: float
+    discrepancy: float
+    bound: float | None
+    reason: str
+    gap: float | None
+    gap_kind: str
+    holds: bool
+
+
+@dataclass(frozen=True)
+class NetworkCertificate:
+    """The network's output on the calibration rows: proven bounds beside what was achieved."""
+
+    scheme: str
+    output_layer: str
+    rows: int
+    reference_norm: float
+    bound: float | None
+    bound_from_tolerances: float | None
+    bound_link_normalised: float | None
+    reason: str
+    achieved: float
+    agreement: float | None
+    holds: bool
+
+
+@dataclass(frozen=True)
+class HeldOutCertificate:
+    """Exact binomial (Clopper-Pearson) upper bounds at ``confidence``, from samples not used for pruning.
+
+    They hold for inputs drawn like the held-out samples: ``class_change_bound`` is an upper bound on the probability that
+    the predicted class changes, ``exceed_bound`` on the probability that the relative discrepancy of the output exceeds ``level``.
+    """
+
+    samples: int
+    data_hash: str
+    confidence: float
+    class_changes: int | None
+    class_change_bound: float | None
+    level: float
+    exceed: int
+    exceed_bound: float
+    accuracy_before: float | None
+    accuracy_after: float | None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is guaranteed about a pruned network, with the numbers that let someone else recompute it."""
+
+    method: str
+    program: str
+    scheme: str
+    arithmetic: str
+    calibration_hash: str
+    reference_hash: str
+    weights_hash: str
+    max_samples: int
+    seed: int
+    versions: dict[str, str]
+    layers: tuple[LayerCertificate, ...]
+    network: NetworkCertificate
+    heldout: HeldOutCertificate | None = None
+
+    @property
+    def holds(self) -> bool:
+        """True when every stated tolerance and every stated bound is met by the stored weights."""
+        return all(layer.holds for layer in self.layers) and self.network.holds
+
+    def to_dict(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["layers"] = [asdict(layer) for layer in self.layers]
+        data["holds"] = self.holds
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Certificate:
+        fields = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
+        fields["layers"] = tuple(LayerCertificate(**layer) for layer in data["layers"])
+        fields["network"] = NetworkCertificate(**data["network"])
+        heldout = data.get("heldout")
+        fields["heldout"] = HeldOutCertificate(**heldout) if heldout else None
+        return cls(**fields)
+
+
+class LayerTally:
+    """Recomputes one layer's numbers batch by batch in float64; memory does not grow with the number of rows.
+
+    ``W`` (N, M) and ``b`` (M,) are the stored weights. ``gap_kind`` is ``"epsilon"``, ``"penalty"`` or ``""``; with a gap, ``gap_level`` is the absolute
+    tolerance or the penalty that the l1 program was solved for.
+    """
+
+    def __init__(self, W: Tensor, b: Tensor | None, activation: Activation, gap_kind: str = "", gap_level: float = 0.0) -> None:
+        self.W, self.b, self.activation = W.double(), None if b is None else b.double(), activation
+        self.gap_kind, self.gap_level = gap_kind, gap_level
+        self.dual = DualPoint(*W.shape, b is not None, W.device) if gap_kind else None
+        self.rows = self.rows_total = 0
+        self.reference = self.reference_all = self.distance = self.distance_all = self.discrepancy = 0.0
+
+    def add(self, A: Tensor, reference: Tensor, response: Tensor, rows: Tensor | slice) -> None:
+        """Adds a batch.
+
+        Args:
+            A: inputs of the layer's program (p, N): the reference network's (parallel) or the pruned network's (cascade).
+            reference: the reference network's pre-activations (p, M).
+            response: the pruned network's pre-activations (p, M).
+            rows: which of these rows the layer's program used.
+        """
+        A, Y = A.double(), self.activation.apply(reference.double())
+        Z = A @ self.W if self.b is None else torch.addmm(self.b, A, self.W)
+        lo, hi = self.activation.box(Y)
+        residual = (Z - nearest_point(Z, lo, hi)).square_()
+        moved = self.activation.apply(response.double()).sub_(Y)
+        self.rows_total += len(A)
+        self.reference_all += float(Y.square().sum())
+        self.distance_all += float(residual.sum())
+        self.discrepancy += float(moved.square().sum())
+        self.rows += len(A[rows])
+        self.reference += float(Y[rows].square().sum())
+        self.distance += float(residual[rows].sum())
+        if self.dual is not None:
+            self.dual.add(A[rows], Z[rows], lo[rows], hi[rows])
+
+    def gap(self) -> float | None:
+        """The relative duality gap of the stored weights, or ``None`` when their program has none."""
+        if self.dual is None:
+            return None
+        norm = float(self.W.abs().sum())
+        if self.gap_kind == "epsilon":
+            return relative_gap(norm, self.dual.constrained(self.gap_level))
+        return relative_gap(self.distance / 2 + self.gap_level * norm, self.dual.penalised(self.gap_level))
+
+    def certificate(self, name: str, tolerance: float | None, bound: float | None, reason: str) -> LayerCertificate:
+        """The layer's certificate, given the absolute tolerance it must meet and the proven bound of its discrepancy."""
+        distance, discrepancy = math.sqrt(self.distance), math.sqrt(self.discrepancy)
+        floor = ROUNDING * max(math.sqrt(self.reference_all), 1e-30)
+        holds = tolerance is None or distance <= tolerance * (1 + ROUNDING) + floor
+        if bound is not None:
+            holds = holds and discrepancy <= bound * (1 + ROUNDING) + floor
+        return LayerCertificate(
+            name=name,
+            activation=self.activation.name,
+            rows=self.rows,
+            rows_total=self.rows_total,
+            reference_norm=math.sqrt(self.reference),
+            tolerance=tolerance,
+            distance=distance,
+            distance_all_rows=math.sqrt(self.distance_all),
+            discrepancy=discrepancy,
+            bound=bound,
+            reason=reason,
+            gap=self.gap(),
+            gap_kind=self.gap_kind,
+            holds=holds,
+        )
+
+
+def spectral_norm(W: Tensor) -> float:
+    """``||W||_2`` from a float64 singular value decomposition, rounded up so that it stays an upper bound."""
+    if not W.numel():
+        return 0.0
+    return float(torch.linalg.matrix_norm(W.double(), 2)) * (1 + 1e-12)
+
+
+def entry_norm(W: Tensor) -> float:
+    """``||W||_1``, the sum of absolute entries: the norm of the published link-normalised bounds; at least ``||W||_2``."""
+    return float(W.double().abs().sum())
+
+
+def clopper_pearson_upper(events: int, samples: int, confidence: float) -> float:
+    """Exact binomial upper bound, at ``confidence``, on the probability of an event seen ``events`` times in ``samples`` (docs/theory.md, 5.1).
+
+    Raises:
+        InvalidInput: ``confidence`` outside (0, 1), or ``events`` outside [0, samples], or no samples.
+    """
+    if not 0 < confidence < 1:
+        raise InvalidInput(f"confidence must lie in (0, 1), found {confidence}")
+    if samples < 1 or not 0 <= events <= samples:
+        raise InvalidInput(f"events must lie in [0, samples] with at least one sample, found {events} of {samples}")
+    if events == samples:
+        return 1.0
+    return float(beta.ppf(confidence, events + 1, samples - events))

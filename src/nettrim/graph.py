@@ -1,0 +1,286 @@
+"""What follows each layer in the model's graph (torch.fx), and whether the layers form a chain along which bounds multiply."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from . import preimage
+from .preimage import IDENTITY, Activation
+
+Node = fx.Node
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The activation that follows a layer, and in words how it was found or why it was not."""
+
+    activation: Activation
+    words: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a chain: a layer (``layer`` is its name) or something between layers with a Lipschitz constant."""
+
+    layer: str | None
+    lipschitz: float = 1.0
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The steps from the input on, as far as the network is one path of layers and Lipschitz maps.
+
+    ``reason`` says where and why the chain ends before the output; it is empty when the chain is the whole network.
+    """
+
+    steps: tuple[Step, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The readings of all layers asked for, and the chain."""
+
+    readings: Mapping[str, Reading]
+    chain: Chain
+    notice: str = ""
+
+
+def _leaky(module: nn.LeakyReLU) -> Activation:
+    return preimage.leaky_relu(float(module.negative_slope))
+
+
+_MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {
+    nn.ReLU: lambda m: preimage.RELU,
+    nn.ReLU6: lambda m: preimage.named("relu6"),
+    nn.Hardtanh: lambda m: preimage.clamp(m.min_val, m.max_val),
+    nn.LeakyReLU: _leaky,
+    nn.ELU: lambda m: preimage.as_linear(f"elu({m.alpha:g})", lipschitz=max(1.0, abs(m.alpha))),
+    nn.CELU: lambda m: preimage.as_linear("celu", lipschitz=1.0),
+    nn.Softmax: lambda m: preimage.named("softmax"),
+    nn.LogSoftmax: lambda m: preimage.as_linear("logsoftmax"),
+    nn.Softplus: lambda m: preimage.as_linear("softplus", lipschitz=1.0),
+    nn.PReLU: lambda m: preimage.as_linear("prelu", lipschitz=max(1.0, float(m.weight.detach().abs().max()))),
+    **{
+        kind: (lambda m, name=name: preimage.named(name))  # type: ignore[misc]
+        for kind, name in (
+            (nn.Sigmoid, "sigmoid"),
+            (nn.Tanh, "tanh"),
+            (nn.GELU, "gelu"),
+            (nn.SiLU, "silu"),
+            (nn.Mish, "mish"),
+            (nn.Hardswish, "hardswish"),
+            (nn.Hardsigmoid, "hardsigmoid"),
+            (nn.SELU, "selu"),
+            (nn.LogSigmoid, "logsigmoid"),
+            (nn.Softsign, "softsign"),
+            (nn.Tanhshrink, "tanhshrink"),
+            (nn.Softshrink, "softshrink"),
+        )
+    },
+}
+
+_FUNCTION_NAMES: dict[Any, str] = {
+    torch.relu: "relu",
+    F.relu: "relu",
+    F.relu6: "relu6",
+    torch.sigmoid: "sigmoid",
+    F.sigmoid: "sigmoid",
+    torch.tanh: "tanh",
+    F.tanh: "tanh",
+    F.gelu: "gelu",
+    F.silu: "silu",
+    F.mish: "mish",
+    F.hardswish: "hardswish",
+    F.hardsigmoid: "hardsigmoid",
+    F.selu: "selu",
+    F.softplus: "softplus",
+    F.logsigmoid: "logsigmoid",
+    F.softsign: "softsign",
+    F.softmax: "softmax",
+    torch.softmax: "softmax",
+}
+_METHOD_NAMES = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "tanh": "tanh", "softmax": "softmax"}
+
+# maps that change no value, so that an elementwise activation may stand behind them
+_PASSING_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Flatten, nn.Unflatten)
+_PASSING_FUNCTIONS = {F.dropout, torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.transpose, torch.permute}
+_PASSING_METHODS = {"view", "reshape", "flatten", "squeeze", "unsqueeze", "transpose", "permute", "contiguous", "clone", "unflatten"}
+
+
+def read(model: nn.Module, names: Iterable[str], stated: Mapping[str, Activation] | None = None) -> Graph:
+    """Reads the model's graph. ``model`` must be in eval mode; ``stated`` activations go before what the graph says."""
+    stated = stated or {}
+    names = list(names)
+    try:
+        traced = fx.Tracer().trace(model)
+    except Exception as error:  # whatever a user's forward does under tracing: the reading is then linear, and says so
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        words = f"the graph could not be traced ({cause}): matched linearly"
+        readings = {name: Reading(preimage.as_linear("unknown"), words) for name in names}
+        readings |= {name: Reading(activation, "stated by the user") for name, activation in stated.items() if name in readings}
+        return Graph(readings, Chain((), "the graph could not be traced"), words)
+    modules = dict(model.named_modules())
+    calls: dict[str, list[Node]] = {}
+    for node in traced.nodes:
+        if node.op == "call_module":
+            calls.setdefault(str(node.target), []).append(node)
+    readings, consumed = {}, set()
+    for name in names:
+        reading, nodes = _read_layer(name, calls.get(name, []), modules)
+        if name in stated:
+            agrees = reading.activation == stated[name]
+            words = "stated by the user" + ("" if agrees else f" (the graph reads {reading.activation.name}: {reading.words})")
+            reading = Reading(stated[name], words)
+        if reading.activation.exact:
+            consumed.update(nodes)
+        readings[name] = reading
+    return Graph(readings, _chain(traced, modules, set(names), consumed))
+
+
+def _read_layer(name: str, nodes: list[Node], modules: Mapping[str, nn.Module]) -> tuple[Reading, list[Node]]:
+    """The reading of one layer, over all its calls, and the activation nodes that it speaks of."""
+    if not nodes:
+        return Reading(preimage.as_linear("unknown"), "its call is hidden from the graph: matched linearly"), []
+    found = [_follow(node, modules) for node in nodes]
+    first, words, _ = found[0]
+    if any(activation != first for activation, _, _ in found[1:]):
+        return Reading(preimage.as_linear("mixed"), f"its {len(nodes)} calls are followed by different activations: matched linearly"), []
+    if len(nodes) > 1:
+        words += f" (all {len(nodes)} calls)"
+    return Reading(first, words), [end for _, _, end in found if end is not None]
+
+
+def _follow(node: Node, modules: Mapping[str, nn.Module]) -> tuple[Activation, str, Node | None]:
+    current = node
+    while True:
+        users = list(current.users)
+        if len(users) != 1:
+            if not users:
+                return IDENTITY, "its output is not used", None
+            return IDENTITY, f"its output is read {len(users)} times, so the pre-activation is matched", None
+        following = users[0]
+        if following.op == "output":
+            return IDENTITY, "it is the network's output", None
+        activation = activation_of(following, modules)
+        if activation is not None:
+            how = "seen in the graph" if activation.exact else "not piecewise linear, so the pre-activation is matched"
+            return activation, f"{activation.name}, {how}", following
+        if not _passes(following, modules):
+            return IDENTITY, f"followed by {_label(following, modules)}, so the pre-activation is matched", None
+        current = following
+
+
+def activation_of(node: Node, modules: Mapping[str, nn.Module]) -> Activation | None:
+    """The activation that a graph node computes from its first argument, or ``None``."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        make = _MODULES.get(type(module))
+        return make(module) if make else None
+    if node.op == "call_function":
+        if node.target in (F.leaky_relu,):
+            return preimage.leaky_relu(float(_argument(node, 1, "negative_slope", 0.01)))
+        if node.target is F.hardtanh:
+            return preimage.clamp(float(_argument(node, 1, "min_val", -1.0)), float(_argument(node, 2, "max_val", 1.0)))
+        if node.target is F.elu:
+            alpha = float(_argument(node, 1, "alpha", 1.0))
+            return preimage.as_linear(f"elu({alpha:g})", lipschitz=max(1.0, abs(alpha)))
+        if node.target in (torch.clamp, torch.clip):
+            return _clamp(node)
+        name = _FUNCTION_NAMES.get(node.target)
+        return preimage.named(name) if name else None
+    if node.op == "call_method":
+        if node.target in ("clamp", "clip", "clamp_", "clip_"):
+            return _clamp(node)
+        name = _METHOD_NAMES.get(str(node.target))
+        return preimage.named(name) if name else None
+    return None
+
+
+def _clamp(node: Node) -> Activation | None:
+    low, high = _argument(node, 1, "min", None), _argument(node, 2, "max", None)
+    if isinstance(low, (Node, Tensor)) or isinstance(high, (Node, Tensor)) or (low is None and high is None):
+        return None
+    low = -float("inf") if low is None else float(low)
+    high = float("inf") if high is None else float(high)
+    if low == 0.0 and high == float("inf"):
+        return preimage.RELU
+    return preimage.clamp(low, high, "clamp") if low < high else None
+
+
+def _argument(node: Node, position: int, name: str, default: Any) -> Any:
+    if name in node.kwargs:
+        return node.kwargs[name]
+    return node.args[position] if len(node.args) > position else default
+
+
+def _passes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """True for maps that only move values about: the identity, dropout in eval mode, reshaping."""
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], _PASSING_MODULES)
+    if node.op == "call_function":
+        if node.target is F.dropout:
+            return _argument(node, 2, "training", True) is False
+        return node.target in _PASSING_FUNCTIONS
+    return node.op == "call_method" and str(node.target) in _PASSING_METHODS
+
+
+def _chain(graph: fx.Graph, modules: Mapping[str, nn.Module], layers: set[str], consumed: set[Node]) -> Chain:
+    """Follows the one path from the input to the output, as far as there is one."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(inputs) != 1:
+        return Chain((), f"the model has {len(inputs)} inputs")
+    steps: list[Step] = []
+    seen: set[str] = set()
+    current = inputs[0]
+    while True:
+        users = [user for user in current.users if not _reads_shape(user)]
+        if len(users) != 1:
+            return Chain(tuple(steps), f"the path branches after {_label(current, modules)}")
+        node = users[0]
+        if node.op == "output":
+            whole = node.args[0] is current
+            return Chain(tuple(steps), "" if whole else "the output is more than one tensor")
+        if sum(1 for argument in node.all_input_nodes if not _reads_shape(argument)) != 1:
+            return Chain(tuple(steps), f"{_label(node, modules)} has more than one input")
+        name = str(node.target) if node.op == "call_module" else ""
+        if isinstance(modules.get(name), nn.Linear):
+            if name in seen:
+                return Chain(tuple(steps), f"layer {name!r} is called more than once")
+            seen.add(name)
+            steps.append(Step(name))
+        elif node in consumed or _passes(node, modules):
+            pass
+        else:
+            activation = activation_of(node, modules)
+            if activation is None or activation.lipschitz is None:
+                return Chain(tuple(steps), f"no Lipschitz constant is known for {_label(node, modules)}")
+            if activation.lipschitz != 1.0:
+                steps.append(Step(None, activation.lipschitz))
+        current = node
+
+
+def _reads_shape(node: Node) -> bool:
+    """True for nodes that only ask for sizes, which no weight changes."""
+    if node.op == "call_method" and node.target in ("size", "dim", "numel"):
+        return True
+    if node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim", "device", "dtype"):
+        return True
+    if node.op == "call_function" and node.target in (operator.getitem, operator.mul, operator.floordiv):
+        return all(_reads_shape(argument) for argument in node.all_input_nodes) and bool(node.all_input_nodes)
+    return False
+
+
+def _label(node: Node, modules: Mapping[str, nn.Module]) -> str:
+    if node.op == "call_module":
+        return f"{node.target} ({type(modules[str(node.target)]).__name__})"
+    if node.op == "placeholder":
+        return "the input"
+    return str(getattr(node.target, "__name__", node.target))

@@ -1,0 +1,215 @@
+"""Net-Trim on the preimage program: within a tolerance, at a penalty, or within a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..program import LayerProgram, StandardProgram, standardise
+from ..solution import Solution, Watch
+from ..solvers import l0, l1
+from ..solvers.polish import polish as polish_support
+from ..status import InvalidInput, Status
+from .targets import PerLayer, check_target, kept_weights, target_for
+
+ABOVE_BEST = 1.01  # an unreachable tolerance is replaced by the best reachable distance times this
+
+
+@dataclass(frozen=True)
+class NetTrim:
+    """The sparsest weights whose response stays near the reference network's (Aghasi et al. 2017, 2020; preimage program: design section 2).
+
+    Give exactly one target, as a number or as a mapping from layer name (or ``re:pattern``) to number; layers that a mapping does not name
+    stay as they are:
+
+    - ``epsilon``: the layer's pre-activations stay within ``epsilon * ||Y||_F`` of the preimage box, so its output moves by no more than that;
+    - ``sparsity``: the fraction of zeros, in [0, 1);
+    - ``penalty``: ``lambda`` of ``1/2 dist^2 + lambda ||W||`` (absolute, so it scales with the number of samples).
+
+    Args:
+        norm: ``"l1"`` (convex, with a duality gap) or ``"l0"``. Default: l1 for epsilon and penalty, l0 for sparsity.
+        polish: least distance on the support that was found. Default: off for l1, whose certificate speaks of the optimum itself; on for l0.
+        correction: in the cascade, how far the target stands at the reference output (1) rather than at the unpruned layer's own
+            response to the pruned inputs (0). Tolerances are guaranteed for 1 only.
+        ridge: l0 only: weight of the pull towards the original weights, relative to the mean diagonal of the Gram matrix.
+        gap: l1 only: relative duality gap at which the solver stops.
+        max_iterations: iterations of one solve; the default is 3000 for l1 and 300 for l0.
+
+    Raises:
+        InvalidInput: not exactly one target, or a setting outside its range.
+    """
+
+    epsilon: PerLayer | None = None
+    sparsity: PerLayer | None = None
+    penalty: PerLayer | None = None
+    norm: Literal["l1", "l0"] | None = None
+    polish: bool | None = None
+    correction: float = 1.0
+    ridge: float = 0.01
+    gap: float = 0.01
+    max_iterations: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("epsilon", "sparsity", "penalty") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise InvalidInput(f"NetTrim needs exactly one of epsilon, sparsity and penalty; found {found}")
+        check_target("NetTrim", given[0], getattr(self, given[0]))
+        if self.norm not in (None, "l1", "l0"):
+            raise InvalidInput(f"NetTrim: norm must be 'l1' or 'l0', found {self.norm!r}")
+        if not 0 <= self.correction <= 1:
+            raise InvalidInput(f"NetTrim: correction must lie in [0, 1], found {self.correction}")
+        if not self.ridge >= 0:
+            raise InvalidInput(f"NetTrim: ridge must be >= 0, found {self.ridge}")
+        if not 0 < self.gap < 1:
+            raise InvalidInput(f"NetTrim: gap must lie in (0, 1), found {self.gap}")
+        if self.max_iterations is not None and self.max_iterations < 1:
+            raise InvalidInput(f"NetTrim: max_iterations must be at least 1, found {self.max_iterations}")
+
+    @property
+    def kind(self) -> str:
+        """Which target was given: ``"epsilon"``, ``"sparsity"`` or ``"penalty"``."""
+        return "epsilon" if self.epsilon is not None else "sparsity" if self.sparsity is not None else "penalty"
+
+    @property
+    def targets(self) -> PerLayer:
+        """The target that was given: a number, or a mapping by layer."""
+        value = getattr(self, self.kind)
+        assert isinstance(value, (int, float, Mapping))
+        return value
+
+    @property
+    def chosen_norm(self) -> str:
+        """The norm in use."""
+        return self.norm or ("l0" if self.kind == "sparsity" else "l1")
+
+    @property
+    def certified_program(self) -> str:
+        """Which l1 program's duality gap the certificate recomputes: ``"epsilon"``, ``"penalty"`` or ``""`` for none."""
+        return self.kind if self.chosen_norm == "l1" and self.kind != "sparsity" else ""
+
+    def describe(self) -> str:
+        """One line for tables."""
+        return f"NetTrim {self.chosen_norm}, preimage program"
+
+    def target(self, layer: str) -> float | None:
+        """The target of that layer; ``None`` when a mapping does not name it."""
+        return target_for(self.targets, layer)
+
+    def solve(self, program: LayerProgram, target: float, watch: Watch | None = None) -> Solution:
+        """Solves one layer's program for ``target``, a number of the kind that was given."""
+        standard = standardise(program)
+        if self.kind == "epsilon":
+            return self._within_tolerance(standard, target, watch)
+        if self.kind == "penalty":
+            return self._penalised(standard, target, watch)
+        return self._within_budget(standard, target, watch)
+
+    def _l1_iterations(self) -> int:
+        return self.max_iterations or 3000
+
+    def _l0_iterations(self) -> int:
+        return self.max_iterations or 300
+
+    def _within_tolerance(self, p: StandardProgram, epsilon: float, watch: Watch | None) -> Solution:
+        program = p.source
+        tolerance = epsilon * program.reference_norm
+        original = program.original_distance()
+        used, notes = tolerance, ()
+        if original > tolerance:
+            best = self._best_reachable(p)
+            if best.distance > tolerance:
+                used = min(best.distance * ABOVE_BEST, original)
+                share = best.distance / program.reference_norm if program.reference_norm > 0 else math.inf
+                notes = (f"epsilon {epsilon:g} is out of reach: the best reachable distance is {share:.4g} of the reference norm",)
+        if used <= 1e-12 * program.reference_norm:
+            return self._original(program, tolerance, original)
+        if self.chosen_norm == "l1":
+            result = l1.within_tolerance(p, used, gap=self.gap, max_iterations=self._l1_iterations(), watch=watch)
+            W, b, distance, iterations, converged, gap = (
+                result.weights,
+                result.bias,
+                result.distance,
+                result.iterations,
+                result.converged,
+                result.gap,
+            )
+            if self.polish and distance <= used:
+                U, c = p.enter(W, b)
+                U, c, _ = polish_support(p, U, c)
+                W, b = p.restore(U, c)
+                distance, gap = program.distance(W, b), l1.dual_gap(program, W, b, epsilon=used)
+        else:
+            found = l0.within_tolerance(p, used, ridge=self.ridge, max_iterations=self._l0_iterations(), watch=watch)
+            if found is None:
+                return self._fallback(p, tolerance, used, original, notes)
+            W, b = p.restore(found.U, found.c)
+            distance, iterations, converged, gap = program.distance(W, b), found.iterations, found.converged, None
+        if distance > used:
+            return self._fallback(p, tolerance, used, original, notes)
+        status = Status.INFEASIBLE if used > tolerance else Status.CONVERGED if converged else Status.ITERATION_LIMIT
+        return Solution(W, b, status, distance, iterations, tolerance=tolerance, tolerance_used=used, gap=gap, notes=notes)
+
+    def _best_reachable(self, p: StandardProgram) -> Solution:
+        """Least distance over all weights of the layer."""
+        every = torch.ones_like(p.U0, dtype=torch.bool)
+        U, c, _ = polish_support(p, p.U0, p.c0, support=every, rounds=30, steps=60, tolerance=1e-6)
+        W, b = p.restore(U, c)
+        return Solution(W, b, Status.CONVERGED, p.source.distance(W, b), 0)
+
+    def _fallback(self, p: StandardProgram, tolerance: float, used: float, original: float, notes: tuple[str, ...]) -> Solution:
+        """No sparse weights met the tolerance: the original ones when they do, otherwise those of least distance."""
+        if original <= tolerance:
+            return self._original(p.source, tolerance, original)
+        best = self._best_reachable(p)
+        return Solution(
+            best.weights, best.bias, Status.INFEASIBLE, best.distance, 0, tolerance=tolerance, tolerance_used=max(used, best.distance), notes=notes
+        )
+
+    def _original(self, program: LayerProgram, tolerance: float, distance: float) -> Solution:
+        W = program.weights.to(program.dtype)
+        b = None if program.bias is None else program.bias.to(program.dtype)
+        status = Status.ORIGINAL_KEPT
+        note = ("the tolerance is below what the arithmetic can resolve",) if tolerance > 0 else ()
+        return Solution(W, b, status, distance, 0, tolerance=tolerance, tolerance_used=max(tolerance, distance), notes=note)
+
+    def _penalised(self, p: StandardProgram, penalty: float, watch: Watch | None) -> Solution:
+        program = p.source
+        if penalty == 0:
+            b = None if program.bias is None else program.bias.to(program.dtype)
+            return Solution(program.weights.to(program.dtype), b, Status.CONVERGED, program.original_distance(), 0, penalty=0.0)
+        if self.chosen_norm == "l1":
+            result = l1.penalised(p, penalty, gap=self.gap, max_iterations=self._l1_iterations(), watch=watch)
+            W, b, iterations, converged = result.weights, result.bias, result.iterations, result.converged
+            gap: float | None = result.gap
+        else:
+            found = l0.penalised(p, penalty, ridge=self.ridge, max_iterations=self._l0_iterations(), watch=watch)
+            (W, b), iterations, converged, gap = p.restore(found.U, found.c), found.iterations, found.converged, None
+        if self.polish and self.chosen_norm == "l1":
+            U, c = p.enter(W, b)
+            U, c, _ = polish_support(p, U, c)
+            W, b = p.restore(U, c)
+            gap = l1.dual_gap(program, W, b, penalty=penalty)
+        status = Status.CONVERGED if converged else Status.ITERATION_LIMIT
+        return Solution(W, b, status, program.distance(W, b), iterations, penalty=penalty, gap=gap)
+
+    def _within_budget(self, p: StandardProgram, sparsity: float, watch: Watch | None) -> Solution:
+        program = p.source
+        k = kept_weights(program.weights.numel(), sparsity)
+        if self.chosen_norm == "l0":
+            rounds = 0 if self.polish is False else 6
+            found = l0.within_budget(p, k, ridge=self.ridge, max_iterations=self._l0_iterations(), polish_rounds=rounds, watch=watch)
+            (W, b), iterations, converged = p.restore(found.U, found.c), found.iterations, found.converged
+        else:
+            result = l1.within_budget(p, k, gap=self.gap, max_iterations=self._l1_iterations(), watch=watch)
+            W, b, iterations, converged = result.weights, result.bias, result.iterations, result.converged
+            if self.polish:
+                U, c = p.enter(W, b)
+                U, c, _ = polish_support(p, U, c)
+                W, b = p.restore(U, c)
+        status = Status.CONVERGED if converged else Status.ITERATION_LIMIT
+        return Solution(W, b, status, program.distance(W, b), iterations)

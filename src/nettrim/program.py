@@ -1,0 +1,295 @@
+"""The program of one layer: its inputs, the box that its pre-activations should stay near, and what is known of both.
+
+Rows are samples. ``Z = A W + e b^T`` with ``A`` (P, N), ``W`` (N, M), ``b`` (M,) and ``e`` the bias column: all ones for a program that holds
+samples, ``None`` for a layer without bias. A program whose boxes are points is held by its second moments alone, as at most ``N + 1``
+equivalent rows (docs/theory.md, compressed form), however many samples were seen.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .preimage import Activation, nearest_point
+from .status import InvalidInput
+
+CHUNK_ENTRIES = 1 << 24  # entries of one float64 block in chunked passes: 128 MiB
+
+
+@dataclass(frozen=True)
+class LayerProgram:
+    """One layer's program in float64.
+
+    ``inputs`` (P, N), ``lo`` and ``hi`` (P, M), ``bias_column`` (P,) or ``None``, ``weights`` (N, M) and ``bias`` (M,) the original ones,
+    ``reference_norm`` the Frobenius norm of the layer's reference output, ``rows`` the number of samples that the program
+    stands for, ``unreachable`` the squared distance that no weights can remove (compressed programs only), ``dtype`` the dtype
+    in which the layer stores its weights.
+    """
+
+    inputs: Tensor
+    lo: Tensor
+    hi: Tensor
+    bias_column: Tensor | None
+    weights: Tensor
+    bias: Tensor | None
+    reference_norm: float
+    rows: int
+    unreachable: float = 0.0
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        P, N = self.inputs.shape
+        if self.weights.shape[0] != N:
+            raise InvalidInput(f"layer program: weights must have {N} rows (the inputs' columns), found {tuple(self.weights.shape)}")
+        if self.lo.shape != (P, self.weights.shape[1]) or self.hi.shape != self.lo.shape:
+            raise InvalidInput(
+                f"layer program: boxes must be {(P, self.weights.shape[1])}, found {tuple(self.lo.shape)} and {tuple(self.hi.shape)}"
+            )
+        if (self.bias is None) != (self.bias_column is None):
+            raise InvalidInput("layer program: a bias needs a bias column and a bias column a bias")
+        if not bool(torch.isfinite(self.inputs).all()):
+            raise InvalidInput("layer program: the inputs hold NaN or inf; remove those samples from the calibration data")
+        if bool((self.lo > self.hi).any()) or bool(torch.isnan(self.lo).any()) or bool(torch.isnan(self.hi).any()):
+            raise InvalidInput("layer program: every box needs lo <= hi and no NaN")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(P, N, M)``."""
+        return (*self.inputs.shape, self.weights.shape[1])  # type: ignore[return-value]
+
+    @property
+    def is_point(self) -> bool:
+        """True when every box is a single point."""
+        return bool(torch.equal(self.lo, self.hi))
+
+    def preactivation(self, W: Tensor, b: Tensor | None) -> Tensor:
+        """``Z = A W + e b^T`` in float64."""
+        Z = self.inputs @ W.double()
+        if self.bias_column is not None:
+            assert b is not None
+            Z += torch.outer(self.bias_column, b.double())
+        return Z
+
+    def distance(self, W: Tensor, b: Tensor | None) -> float:
+        """``dist(A W + e b^T, [lo, hi])`` in float64."""
+        Z = self.preactivation(W, b)
+        Z -= nearest_point(Z, self.lo, self.hi)
+        return math.sqrt(float(Z.square().sum()) + self.unreachable)
+
+    def original_distance(self) -> float:
+        """The distance of the layer's own weights."""
+        return self.distance(self.weights, self.bias)
+
+
+def from_rows(
+    inputs: Tensor,
+    reference: Tensor,
+    activation: Activation,
+    weights: Tensor,
+    bias: Tensor | None,
+    *,
+    offset: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> LayerProgram:
+    """The program of a layer from its inputs (P, N) and its reference *output* ``Y`` (P, M), after the activation.
+
+    ``offset`` (P, M) is what is added to the pre-activation besides ``A W + 1 b^T`` (``R`` in the design); it shifts the box.
+    """
+    Y = reference.double()
+    lo, hi = activation.box(Y)
+    if offset is not None:
+        lo, hi = lo - offset.double(), hi - offset.double()
+    A = inputs.double()
+    return LayerProgram(
+        inputs=A,
+        lo=lo,
+        hi=hi,
+        bias_column=None if bias is None else A.new_ones(len(A)),
+        weights=weights.double(),
+        bias=None if bias is None else bias.double(),
+        reference_norm=float(torch.linalg.vector_norm(Y)),
+        rows=len(A),
+        dtype=dtype,
+    )
+
+
+class Moments:
+    """Second moments of inputs and errors, accumulated in float64 batch by batch: memory N^2 + N M, whatever the number of rows.
+
+    They are all that a program whose boxes are points needs. The reference output enters as its difference from the original
+    layer's own response, ``E = Y - (A W0 + 1 b0^T)``, which keeps the accuracy when the two are close.
+    """
+
+    def __init__(self, weights: Tensor, bias: Tensor | None, activation: Activation, dtype: torch.dtype = torch.float32) -> None:
+        if not activation.is_point:
+            raise InvalidInput(f"moments: the preimages of {activation.name} are not points; keep the rows (from_rows)")
+        self.weights, self.bias, self.dtype = weights.double(), None if bias is None else bias.double(), dtype
+        self.activation = activation
+        N, M = weights.shape
+        self.rows = 0
+        self.reference_square = 0.0
+        self.error_square = 0.0
+        self.gram = self.weights.new_zeros(N, N)
+        self.cross = self.weights.new_zeros(N, M)
+        self.input_sum = self.weights.new_zeros(N)
+        self.error_sum = self.weights.new_zeros(M)
+
+    def add(self, inputs: Tensor, reference: Tensor) -> None:
+        """Adds a batch: inputs (p, N) and reference outputs (p, M)."""
+        A, Y = inputs.double(), reference.double()
+        E = self.activation.box(Y)[0] - A @ self.weights
+        if self.bias is not None:
+            E -= self.bias
+        self.rows += len(A)
+        self.reference_square += float(Y.square().sum())
+        self.error_square += float(E.square().sum())
+        self.gram.addmm_(A.T, A)
+        self.cross.addmm_(A.T, E)
+        self.input_sum += A.sum(0)
+        self.error_sum += E.sum(0)
+
+    def program(self) -> LayerProgram:
+        """The equivalent program with at most ``N + 1`` rows (docs/theory.md, compressed form)."""
+        if not self.rows:
+            raise InvalidInput("layer program: no rows were seen; the calibration data are empty")
+        gram, cross, error_square = self.gram, self.cross, self.error_square
+        if self.bias is not None:
+            mean = self.input_sum / self.rows
+            gram = gram - torch.outer(mean, self.input_sum)
+            cross = cross - torch.outer(mean, self.error_sum)
+            error_square -= float(self.error_sum.square().sum()) / self.rows
+        values, Q = torch.linalg.eigh((gram + gram.T) / 2)
+        keep = values > values[-1].clamp(min=0) * 1e-13
+        root = values[keep].clamp(min=0).sqrt()
+        Q = Q[:, keep]
+        inputs = root[:, None] * Q.T
+        error = (Q.T @ cross) / root[:, None]
+        unreachable = max(0.0, error_square - float(error.square().sum()))
+        if unreachable < 1e-14 * max(error_square, 0.0):
+            unreachable = 0.0
+        column = None
+        if self.bias is not None:  # one more row carries the means, so that any bias has its exact distance
+            scale = math.sqrt(self.rows)
+            inputs = torch.cat([inputs, scale * mean[None]])
+            error = torch.cat([error, self.error_sum[None] / scale])
+            column = inputs.new_zeros(len(inputs))
+            column[-1] = scale
+        target = inputs @ self.weights + error
+        if self.bias is not None and column is not None:
+            target = target + torch.outer(column, self.bias)
+        return LayerProgram(
+            inputs=inputs,
+            lo=target,
+            hi=target,
+            bias_column=column,
+            weights=self.weights,
+            bias=self.bias,
+            reference_norm=math.sqrt(self.reference_square),
+            rows=self.rows,
+            unreachable=unreachable,
+            dtype=self.dtype,
+        )
+
+
+@dataclass(frozen=True)
+class StandardProgram:
+    """The same program as the solvers see it: bias eliminated, inputs scaled to unit norm, dead inputs left out, in ``dtype``.
+
+    ``A`` (P, n) has unit columns, orthogonal to ``e``; ``U = scale * W`` on the live inputs; ``Z = A U + e c^T``. ``values`` and
+    ``vectors`` are the eigendecomposition of the Gram matrix ``A^T A``, which serves every penalty value.
+    """
+
+    A: Tensor
+    lo: Tensor
+    hi: Tensor
+    e: Tensor | None
+    scale: Tensor
+    live: Tensor
+    mean: Tensor
+    gram: Tensor
+    values: Tensor
+    vectors: Tensor
+    U0: Tensor
+    c0: Tensor | None
+    unreachable: float
+    source: LayerProgram
+
+    @property
+    def e_square(self) -> float:
+        assert self.e is not None
+        return float(self.e.double().square().sum())
+
+    def offset(self, T: Tensor) -> Tensor | None:
+        """The optimal ``c`` for the target ``T``: its component along ``e``."""
+        return None if self.e is None else (self.e @ T) / self.e_square
+
+    def response(self, U: Tensor, c: Tensor | None) -> Tensor:
+        """``Z = A U + e c^T``."""
+        if c is None or self.e is None:
+            return self.A @ U
+        return torch.addr(self.A @ U, self.e, c)
+
+    def distance(self, U: Tensor, c: Tensor | None) -> float:
+        """``dist(A U + e c^T, [lo, hi])``, summed in the working dtype."""
+        Z = self.response(U, c)
+        return math.hypot(float(torch.linalg.vector_norm(Z - nearest_point(Z, self.lo, self.hi))), math.sqrt(self.unreachable))
+
+    def restore(self, U: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The layer's weights (N, M) and bias (M,) in the dtype that the layer stores."""
+        N = self.source.shape[1]
+        W = U.new_zeros(N, U.shape[1], dtype=torch.float64)
+        W[self.live] = U.double() / self.scale[:, None]
+        W = W.to(self.source.dtype)
+        if c is None:
+            return W, None
+        # the bias answers for the weights as they are stored, dead inputs included
+        b = c.double() - self.mean @ W.double()
+        return W, b.to(self.source.dtype)
+
+    def enter(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The reverse of :meth:`restore`: weights and bias of the layer in the solvers' coordinates."""
+        U = (W.double()[self.live] * self.scale[:, None]).to(self.A.dtype)
+        c = None if b is None else (b.double() + self.mean @ W.double()).to(self.A.dtype)
+        return U, c
+
+
+def standardise(program: LayerProgram, dtype: torch.dtype | None = None) -> StandardProgram:
+    """Eliminates the bias, scales the inputs, removes the dead ones and decomposes the Gram matrix (design section 3).
+
+    ``dtype`` is the working dtype: by default float64 for float64 layers and float32 otherwise.
+    """
+    dtype = dtype or (torch.float64 if program.dtype == torch.float64 else torch.float32)
+    A, e = program.inputs, program.bias_column
+    norm = torch.linalg.vector_norm(A, dim=0)
+    if e is not None:
+        mean = (e @ A) / e.square().sum()
+        A = A - torch.outer(e, mean)
+    else:
+        mean = A.new_zeros(A.shape[1])
+    scale = torch.linalg.vector_norm(A, dim=0)
+    live = scale > 1e-9 * norm.clamp(min=1e-30)
+    scale = scale[live]
+    A = A[:, live] / scale
+    gram = A.T @ A
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2) if len(scale) else (scale, gram)
+    standard = StandardProgram(
+        A=A.to(dtype),
+        lo=program.lo.to(dtype),
+        hi=program.hi.to(dtype),
+        e=None if e is None else e.to(dtype),
+        scale=scale,
+        live=live,
+        mean=mean,
+        gram=gram.to(dtype),
+        values=values.clamp(min=0).to(dtype),
+        vectors=vectors.to(dtype),
+        U0=A.new_zeros(0),
+        c0=None,
+        unreachable=program.unreachable,
+        source=program,
+    )
+    U0, c0 = standard.enter(program.weights, program.bias)
+    return replace(standard, U0=U0, c0=c0)

@@ -1,0 +1,47 @@
+"""Proximal steps of the weight penalties; each opens with the problem that it solves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def soft_threshold(V: Tensor, threshold: Tensor | float) -> Tensor:
+    """``argmin_D  sum_ij threshold_ij |D_ij| + 1/2 ||D - V||_F^2`` (the l1 norm, weighted)."""
+    return V - torch.clamp(V, -threshold, threshold) if isinstance(threshold, float) else V - V.clamp(-threshold, threshold)
+
+
+def keep_largest(V: Tensor, k: int) -> Tensor:
+    """``argmin_D  ||D - V||_F^2  subject to  ||D||_0 <= k``: the ``k`` entries of largest magnitude stay, exactly ``k`` of them.
+
+    Ties are broken by position, so that the count is exact and the result the same every time.
+    """
+    return torch.where(largest_mask(V, k), V, torch.zeros_like(V))
+
+
+def largest_mask(V: Tensor, k: int) -> Tensor:
+    """Mask of the ``k`` entries of largest magnitude, ties broken by position. ``0 <= k <= V.numel()``."""
+    count = V.numel()
+    if k >= count:
+        return torch.ones_like(V, dtype=torch.bool)
+    if k <= 0:
+        return torch.zeros_like(V, dtype=torch.bool)
+    magnitude = V.abs().flatten()
+    threshold = magnitude.kthvalue(count - k + 1).values
+    mask = magnitude > threshold
+    missing = k - int(mask.sum())
+    if missing:
+        mask[(magnitude == threshold).nonzero().flatten()[:missing]] = True
+    return mask.view_as(V)
+
+
+def ball_of_box(V: Tensor, nearest: Tensor, radius: float) -> Tensor:
+    """``argmin_Z ||Z - V||_F  subject to  dist(Z, S) <= radius``, given ``nearest``, the point of the box ``S`` nearest to ``V``."""
+    residual = V - nearest
+    norm = float(torch.linalg.vector_norm(residual))
+    return V if norm <= radius else torch.add(nearest, residual, alpha=radius / norm)
+
+
+def squared_distance(V: Tensor, nearest: Tensor, rho: float) -> Tensor:
+    """``argmin_Z  1/2 dist(Z, S)^2 + rho/2 ||Z - V||_F^2``, given ``nearest``, the point of the box ``S`` nearest to ``V``."""
+    return torch.add(nearest, V - nearest, alpha=rho / (1.0 + rho))

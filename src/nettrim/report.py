@@ -1,0 +1,135 @@
+"""What one pruning run did: plain data, no presentation (``render`` turns it into tables and pages)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .status import Status
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of one pruning run.
+
+    ``distance``, ``tolerance`` and ``reference_norm`` are Frobenius norms over the rows that the layer's program
+    used: the distance of the pre-activations to the preimage box, what it was allowed to be (``None`` for sparsity
+    and penalty targets), and the norm of the layer's reference output.
+    """
+
+    name: str
+    kind: str
+    inputs: int
+    outputs: int
+    activation: str
+    reading: str
+    target: str
+    status: Status
+    nonzeros: int
+    weights: int
+    rows: int
+    reference_norm: float
+    distance: float
+    tolerance: float | None
+    original_distance: float
+    gap: float | None
+    iterations: int
+    seconds: float
+    dead_inputs: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def density(self) -> float:
+        """Share of the layer's weights that are not zero."""
+        return self.nonzeros / self.weights
+
+    @property
+    def relative_distance(self) -> float:
+        """``distance`` as a share of the norm of the layer's reference output."""
+        return self.distance / self.reference_norm if self.reference_norm > 0 else 0.0
+
+    @property
+    def relative_tolerance(self) -> float | None:
+        """``tolerance`` as a share of the norm of the layer's reference output."""
+        if self.tolerance is None:
+            return None
+        return self.tolerance / self.reference_norm if self.reference_norm > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["status"] = self.status.value
+        data["notes"] = list(self.notes)
+        data["density"] = self.density
+        data["relative_distance"] = self.relative_distance
+        data["relative_tolerance"] = self.relative_tolerance
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LayerReport:
+        known = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
+        known["status"] = Status(known["status"])
+        known["notes"] = tuple(known["notes"])
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """All layers of one pruning run, in the order in which they were pruned."""
+
+    method: str
+    scheme: str
+    seed: int
+    samples: int
+    seconds: float
+    sample_shape: tuple[int, ...]
+    layers: tuple[LayerReport, ...]
+    notes: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def nonzeros(self) -> int:
+        return sum(layer.nonzeros for layer in self.layers)
+
+    @property
+    def weights(self) -> int:
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def density(self) -> float:
+        """Share of the weights of all pruned layers that are not zero."""
+        return self.nonzeros / self.weights
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "scheme": self.scheme,
+            "seed": self.seed,
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "sample_shape": list(self.sample_shape),
+            "density": self.density,
+            "nonzeros": self.nonzeros,
+            "weights": self.weights,
+            "settings": self.settings,
+            "notes": list(self.notes),
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PruneReport:
+        return cls(
+            method=data["method"],
+            scheme=data["scheme"],
+            seed=data["seed"],
+            samples=data["samples"],
+            seconds=data["seconds"],
+            sample_shape=tuple(data["sample_shape"]),
+            layers=tuple(LayerReport.from_dict(layer) for layer in data["layers"]),
+            notes=tuple(data["notes"]),
+            settings=dict(data["settings"]),
+        )
+
+    def __str__(self) -> str:
+        from .render import report_text  # presentation stays in render; imported late so that data never needs it
+
+        return report_text(self)

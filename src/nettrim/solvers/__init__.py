@@ -1,0 +1,1 @@
+"""Solvers of one layer's program. They know tensors and programs, never modules."""

@@ -1,0 +1,168 @@
+"""Budgets: least distance with a given number of nonzero weights, and the fewest weights that stay within a tolerance.
+
+These programs are not convex; what is found is good, not proven best. The distance of what is returned is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..program import StandardProgram
+from ..prox import largest_mask
+from ..solution import Watch
+from .admm import GramADMM
+from .polish import polish
+
+CHECK_EVERY = 3  # as in ALPS: the support is compared every three iterations
+GROWTH = ((0.1, 1.15), (0.005, 1.10), (0.0, 1.05))  # share of the support that changed -> growth of the penalty
+START_BETA = 0.03
+
+
+@dataclass(frozen=True)
+class L0Result:
+    """Weights ``U`` and offset ``c`` in the standard coordinates, the distance, and whether the support had settled."""
+
+    U: Tensor
+    c: Tensor | None
+    k: int
+    distance: float
+    iterations: int
+    converged: bool
+
+
+def within_budget(
+    program: StandardProgram,
+    k: int,
+    *,
+    ridge: float = 0.01,
+    max_iterations: int = 300,
+    polish_rounds: int = 6,
+    watch: Watch | None = None,
+) -> L0Result:
+    """``min dist(A W + e b^T, [lo, hi])  subject to  ||W||_0 <= k`` (design section 3).
+
+    ADMM on the majorised distance with a penalty that grows as the support settles, from a small ``ridge`` towards the original weights
+    (in units of the mean diagonal of the Gram matrix, which is 1), then the polish on the support that was found.
+    """
+    p = program
+    k = min(k, p.U0.numel())
+    loop = GramADMM(p, p.U0)
+    mask = largest_mask(p.U0, k)
+    loop.D = p.U0 * mask
+    beta, iteration, settled = START_BETA, 0, False
+
+    def keep(V: Tensor) -> Tensor:
+        nonlocal mask
+        mask = largest_mask(V, k)
+        return V * mask
+
+    previous = mask
+    while iteration < max_iterations and not settled:
+        iteration += 1
+        reached = loop.refresh()
+        loop.majorised_step(keep, beta, ridge)
+        if iteration % CHECK_EVERY == 0:
+            changed = int((mask & ~previous).sum()) / max(k, 1)
+            previous = mask
+            factor = next(growth for share, growth in GROWTH if changed > share or share == 0.0)
+            settled = changed == 0.0
+            beta *= factor
+            loop.V /= factor  # the multiplier itself stays
+            if watch is not None:
+                watch(iteration, math.hypot(reached, math.sqrt(p.unreachable)), k / max(p.source.weights.numel(), 1))
+    U, c, distance = polish(p, loop.D, loop.c, support=mask, rounds=polish_rounds)
+    return L0Result(U, c, k, distance, iteration, settled)
+
+
+def within_tolerance(
+    program: StandardProgram,
+    epsilon: float,
+    *,
+    ridge: float = 0.01,
+    max_iterations: int = 300,
+    precision: float = 0.005,
+    watch: Watch | None = None,
+) -> L0Result | None:
+    """The smallest budget found whose polished weights, as stored, stay within ``epsilon``.
+
+    A bracketing secant search on ``log distance`` against ``log k``; it ends when the bracket is narrower than ``precision`` of ``k`` or the distance is
+    within ``precision`` below ``epsilon``. ``None`` when even every weight leaves a larger distance.
+    """
+    p = program
+    full = p.U0.numel()
+    iterations = 0
+
+    def solve(k: int) -> tuple[L0Result, float]:
+        nonlocal iterations
+        result = within_budget(p, k, ridge=ridge, max_iterations=max_iterations, watch=watch)
+        iterations += result.iterations
+        # what counts is the distance of the weights as they are stored
+        return result, p.source.distance(*p.restore(result.U, result.c))
+
+    none, value = solve(0)
+    if value <= epsilon:
+        return none
+    low, low_value = 0, value
+    best: L0Result | None = None
+    high, high_value = full + 1, 0.0
+    k = max(1, full // 4)
+    while high - low > max(1, int(precision * high)):
+        result, value = solve(k)
+        if value <= epsilon:
+            best, high, high_value = result, k, value
+            if value > epsilon * (1 - precision):
+                break
+        else:
+            low, low_value = k, value
+            if k == full:
+                return None
+        k = _next_budget(low, low_value, high, high_value, epsilon, full)
+    if best is None:
+        return None
+    return L0Result(best.U, best.c, best.k, best.distance, iterations, best.converged)
+
+
+def _next_budget(low: int, low_value: float, high: int, high_value: float, epsilon: float, full: int) -> int:
+    """Interpolates between a budget that misses the tolerance and one that meets it, or extends from the only one known."""
+    aim = math.log(epsilon * 0.998)
+    if high > full:  # nothing meets it yet: distances fall roughly as k^-1.5
+        guess = low * (low_value / epsilon) ** (1 / 1.2) if low else full / 4
+        return min(full, max(low + 1, math.ceil(guess)))
+    if low == 0 or high_value <= 0.0:
+        guess = high * (max(high_value, 1e-3 * epsilon) / epsilon) ** (1 / 1.5)
+    else:
+        x0, x1, y0, y1 = math.log(low), math.log(high), math.log(low_value), math.log(high_value)
+        guess = math.exp(x0 + (x1 - x0) * (y0 - aim) / (y0 - y1)) if y0 > y1 else (low + high) / 2
+    margin = max(1, (high - low) // 50)  # stay off the ends, so that the bracket always shrinks
+    return min(high - margin, max(low + margin, round(guess)))
+
+
+
+
+def penalised(program: StandardProgram, penalty: float, *, ridge: float = 0.01, max_iterations: int = 300, watch: Watch | None = None) -> L0Result:
+    """``min 1/2 dist(A W + e b^T, [lo, hi])^2 + penalty ||W||_0``, as the best budget found by a golden-section search over ``log k``."""
+    p = program
+    solved: dict[int, tuple[float, L0Result]] = {}
+
+    def value(k: int) -> float:
+        if k not in solved:
+            result = within_budget(p, k, ridge=ridge, max_iterations=max_iterations, watch=watch)
+            nonzeros = int((result.U != 0).sum())
+            solved[k] = (result.distance**2 / 2 + penalty * nonzeros, result)
+        return solved[k][0]
+
+    low, high = 0.0, math.log(max(1, p.U0.numel()))
+    golden = (math.sqrt(5) - 1) / 2
+    while high - low > 0.02:
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        if value(round(math.exp(left))) <= value(round(math.exp(right))):
+            high = right
+        else:
+            low = left
+    value(0)
+    best = min(solved.values(), key=lambda pair: pair[0])[1]
+    iterations = sum(result.iterations for _, result in solved.values())
+    return L0Result(best.U, best.c, best.k, best.distance, iterations, best.converged)

@@ -1,0 +1,293 @@
+"""Runs the reference and the pruned network side by side, and certifies what the pruned one can have moved.
+
+Everything is recomputed in float64 from stored weights, in one pass, batch by batch; nothing comes from a solver.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import calibration as data
+from .calibration import Calibration
+from .capture import Replica, Scan, Selection
+from .certificate import (
+    ROUNDING,
+    Certificate,
+    HeldOutCertificate,
+    LayerCertificate,
+    LayerTally,
+    NetworkCertificate,
+    clopper_pearson_upper,
+    entry_norm,
+    spectral_norm,
+)
+from .graph import Chain
+from .preimage import Activation
+from .status import InvalidInput
+
+CONFIDENCE = 0.95
+LEVEL = 0.1  # relative discrepancy whose probability of being exceeded is bounded
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is to be certified of one pruned layer.
+
+    ``tolerance`` is absolute, ``None`` for none; ``gap_kind`` and ``gap_level`` name the l1 program whose gap is recomputed;
+    ``original_distance`` is the distance that the original weights had on the same inputs.
+    """
+
+    name: str
+    activation: Activation
+    tolerance: float | None
+    gap_kind: str
+    gap_level: float
+    original_distance: float
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a certificate says of the run: method, program, scheme, arithmetic, seed and the cap on samples."""
+
+    method: str
+    program: str
+    scheme: str
+    arithmetic: str
+    max_samples: int
+    seed: int
+    reference_hash: str
+    weights_hash: str
+
+
+def certify(
+    reference: Replica, pruned: Replica, claims: Sequence[Claim], chain: Chain, batches: Calibration, found: Scan, setup: Setup
+) -> Certificate:
+    """One pass over the calibration data through both networks; the certificate of all layers and of the network."""
+    names = [claim.name for claim in claims]
+    views = pruned.views(names)
+    tallies = {
+        claim.name: LayerTally(views[claim.name].weights(), views[claim.name].bias(), claim.activation, claim.gap_kind, claim.gap_level)
+        for claim in claims
+    }
+    selections = {
+        claim.name: Selection(found.rows[claim.name], found.rows[claim.name] if claim.activation.is_point else setup.max_samples, setup.seed)
+        for claim in claims
+    }
+    start = dict.fromkeys(names, 0)
+    output = _OutputTally()
+    digest = hashlib.sha256()
+    for batch in batches:
+        data.update_hash(digest, batch)
+        before, out_before = reference.calls(batch, names)
+        after, out_after = pruned.calls(batch, names)
+        for name in names:
+            for (x_ref, z_ref), (x, z) in zip(before[name], after[name], strict=True):
+                rows = selections[name].within(start[name], len(x))
+                tallies[name].add(x_ref if setup.scheme == "parallel" else x, z_ref, z, rows)
+                start[name] += len(x)
+        output.add(out_before, out_after)
+    bounds = _Bounds(claims, tallies, chain, pruned.model, setup.scheme)
+    layers = tuple(
+        tallies[claim.name].certificate(claim.name, claim.tolerance, *bounds.of_layer(claim.name, found.calls[claim.name])) for claim in claims
+    )
+    return Certificate(
+        method=setup.method,
+        program=setup.program,
+        scheme=setup.scheme,
+        arithmetic=setup.arithmetic,
+        calibration_hash=digest.hexdigest(),
+        reference_hash=setup.reference_hash,
+        weights_hash=setup.weights_hash,
+        max_samples=setup.max_samples,
+        seed=setup.seed,
+        versions=versions(),
+        layers=layers,
+        network=_network(bounds, output, layers, setup.scheme),
+    )
+
+
+class _Bounds:
+    """Network bounds along the chain (docs/theory.md, section 4), on all calibration rows."""
+
+    def __init__(self, claims: Sequence[Claim], tallies: Mapping[str, LayerTally], chain: Chain, model: nn.Module, scheme: str) -> None:
+        self.chain, self.scheme = chain, scheme
+        self.distances = {name: math.sqrt(tally.distance_all) for name, tally in tallies.items()}
+        everything = all(tally.rows == tally.rows_total for tally in tallies.values())
+        self.tolerances = {claim.name: claim.tolerance for claim in claims if claim.tolerance is not None and everything}
+        self.gammas = {
+            claim.name: claim.tolerance / claim.original_distance
+            for claim in claims
+            if claim.tolerance is not None and claim.original_distance > 0 and everything
+        }
+        modules = dict(model.named_modules())
+        weights: dict[str, Tensor] = {
+            step.layer: weight
+            for step in chain.steps
+            if step.layer is not None and isinstance(weight := getattr(modules[step.layer], "weight", None), Tensor)
+        }
+        self.spectral = {name: spectral_norm(weight) for name, weight in weights.items()}
+        self.entries = {name: entry_norm(weight) for name, weight in weights.items()}
+        self.after: dict[str, float] = {}
+        self.last: str | None = None
+        self.output: float | None = None
+        self.output_from_tolerances: float | None = None
+        self.output_link_normalised: float | None = None
+        self._walk()
+
+    def _walk(self) -> None:
+        value, from_tolerances, link = 0.0, 0.0, 0.0
+        complete = True
+        for step in self.chain.steps:
+            if step.layer is None:
+                value, from_tolerances, link = (step.lipschitz * x for x in (value, from_tolerances, link))
+                continue
+            name, pruned = step.layer, step.layer in self.distances
+            if pruned:
+                self.last = name
+            own, stated = self.distances.get(name, 0.0), self.tolerances.get(name)
+            complete = complete and (stated is not None or not pruned)
+            stated = stated or 0.0
+            if self.scheme == "cascade" and pruned:
+                link = stated if link == 0.0 else self.gammas.get(name, math.inf) * self.entries[name] * link
+                value, from_tolerances = own, stated
+            else:
+                value = own + self.spectral[name] * value
+                from_tolerances = stated + self.spectral[name] * from_tolerances
+                link = stated + self.entries[name] * link
+            self.after[name] = value
+        if not self.chain.reason:
+            self.output = value
+            if complete and self.tolerances:
+                self.output_from_tolerances = from_tolerances
+                self.output_link_normalised = link if math.isfinite(link) else None
+
+    def of_layer(self, name: str, calls: int) -> tuple[float | None, str]:
+        """The proven bound of a layer's discrepancy in the network, or ``None`` and the reason."""
+        if self.scheme == "cascade":
+            return self.distances[name], ""
+        if name in self.after:
+            return self.after[name], ""
+        if calls > 1:
+            return None, f"it is called {calls} times in a pass"
+        return None, self.chain.reason
+
+
+class _OutputTally:
+    """Discrepancy and agreement of the two networks' outputs."""
+
+    def __init__(self) -> None:
+        self.rows = self.same = 0
+        self.reference = self.moved = 0.0
+        self.classes = True
+
+    def add(self, before: Any, after: Any) -> None:
+        pairs = _output_tensors(before, after)
+        for Y, X in pairs:
+            self.reference += float(Y.double().square().sum())
+            self.moved += float((X.double() - Y.double()).square().sum())
+        self.rows += len(pairs[0][0])
+        same = _same_class(*pairs[0]) if len(pairs) == 1 else None
+        self.classes = self.classes and same is not None
+        self.same += 0 if same is None else int(same.sum())
+
+
+def _output_tensors(before: Any, after: Any) -> list[tuple[Tensor, Tensor]]:
+    """The floating-point tensors of two outputs, pairwise, with a sample dimension in front."""
+    if isinstance(before, Tensor):
+        pairs = [(before, after)]
+    elif isinstance(before, Mapping):
+        pairs = [(before[key], after[key]) for key in before]
+    elif isinstance(before, (tuple, list)):
+        pairs = list(zip(before, after, strict=True))
+    else:
+        raise InvalidInput(f"the model's output must be a tensor, or a tuple or mapping of tensors, found {type(before).__name__}")
+    kept = [(Y.reshape(1) if Y.ndim == 0 else Y, X) for Y, X in pairs if isinstance(Y, Tensor) and Y.is_floating_point()]
+    if not kept:
+        raise InvalidInput("the model's output holds no floating-point tensor to compare")
+    return kept
+
+
+def _same_class(before: Tensor, after: Tensor) -> Tensor | None:
+    """Whether the predicted class (largest entry of the last dimension) stayed, sample by sample; ``None`` when there are no classes."""
+    if before.ndim != 2 or before.shape[1] < 2:
+        return None
+    return before.argmax(1) == after.argmax(1)
+
+
+def _network(bounds: _Bounds, output: _OutputTally, layers: Sequence[LayerCertificate], scheme: str) -> NetworkCertificate:
+    achieved, reference = math.sqrt(output.moved), math.sqrt(output.reference)
+    bound = bounds.output
+    holds = bound is None or achieved <= bound * (1 + ROUNDING) + ROUNDING * reference
+    return NetworkCertificate(
+        scheme=scheme,
+        output_layer=bounds.last or layers[-1].name,
+        rows=output.rows,
+        reference_norm=reference,
+        bound=bound,
+        bound_from_tolerances=bounds.output_from_tolerances,
+        bound_link_normalised=bounds.output_link_normalised,
+        reason=bounds.chain.reason,
+        achieved=achieved,
+        agreement=output.same / output.rows if output.classes and output.rows else None,
+        holds=holds,
+    )
+
+
+def certify_heldout(
+    reference: Replica, pruned: Replica, batches: Calibration, *, calibration_hash: str, confidence: float = CONFIDENCE, level: float = LEVEL
+) -> HeldOutCertificate:
+    """Exact binomial bounds from held-out samples (design section 4, item 3), and accuracy where batches carry labels."""
+    if not 0 < confidence < 1:
+        raise InvalidInput(f"confidence must lie in (0, 1), found {confidence}")
+    if not level >= 0:
+        raise InvalidInput(f"level must be >= 0, found {level}")
+    digest = hashlib.sha256()
+    samples = exceed = changes = right_before = right_after = labelled = 0
+    classes = True
+    for number, batch in enumerate(batches, 1):
+        data.check_batch(batch, number, batches.what)
+        data.update_hash(digest, batch)
+        (Y, X), *others = _output_tensors(reference.run(batch), pruned.run(batch))
+        Y, X = Y.double(), X.double()
+        samples += len(Y)
+        moved = torch.linalg.vector_norm((X - Y).reshape(len(Y), -1), dim=1)
+        exceed += int((moved > level * torch.linalg.vector_norm(Y.reshape(len(Y), -1), dim=1)).sum())
+        same = None if others else _same_class(Y, X)
+        classes = classes and same is not None
+        if same is not None:
+            changes += int((~same).sum())
+            truth = data.labels(batch)
+            if truth is not None and truth.shape == same.shape:
+                truth = truth.to(Y.device)
+                labelled += len(truth)
+                right_before += int((Y.argmax(1) == truth).sum())
+                right_after += int((X.argmax(1) == truth).sum())
+    if digest.hexdigest() == calibration_hash:
+        raise InvalidInput("heldout: these are the calibration data; a bound for unseen inputs needs samples that were not used for pruning")
+    return HeldOutCertificate(
+        samples=samples,
+        data_hash=digest.hexdigest(),
+        confidence=confidence,
+        class_changes=changes if classes else None,
+        class_change_bound=clopper_pearson_upper(changes, samples, confidence) if classes else None,
+        level=level,
+        exceed=exceed,
+        exceed_bound=clopper_pearson_upper(exceed, samples, confidence),
+        accuracy_before=right_before / samples if labelled == samples else None,
+        accuracy_after=right_after / samples if labelled == samples else None,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that could change a number."""
+    return {"nettrim": version("nettrim"), "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
