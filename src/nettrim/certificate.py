@@ -24,7 +24,8 @@ class LayerCertificate:
     ``distance`` is ``dist(A W + 1 b^T, S(Y))`` and ``discrepancy`` is ``||X_hat - X||_F`` of the layer's output inside
     the two networks, both in float64 from the stored weights. ``bound`` is the proven upper bound of that discrepancy
     (``None`` where the network's structure gives none; ``reason`` says why). ``gap`` is the relative duality gap of the l1
-    program: the stored weights' l1 norm is at most ``(1 + gap)`` times the smallest possible.
+    program of kind ``gap_kind`` (``"epsilon"``, ``"penalty"`` or ``""`` for none) at ``gap_level`` (absolute): at most that share of the stored weights'
+    objective can be above the smallest possible. ``original_distance`` is the distance of the unpruned weights on the same inputs.
     """
 
     name: str
@@ -41,6 +42,8 @@ class LayerCertificate:
     gap: float | None
     gap_kind: str
     holds: bool
+    gap_level: float = 0.0
+    original_distance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,21 @@ class LayerTally:
     """Recomputes one layer's numbers batch by batch in float64; memory does not grow with the number of rows.
 
     ``W`` (N, M) and ``b`` (M,) are the stored weights. ``gap_kind`` is ``"epsilon"``, ``"penalty"`` or ``""``; with a gap, ``gap_level`` is the absolute
-    tolerance or the penalty that the l1 program was solved for.
+    tolerance or the penalty that the l1 program was solved for. ``original`` are the unpruned weights, whose distance is then measured too.
     """
 
-    def __init__(self, W: Tensor, b: Tensor | None, activation: Activation, gap_kind: str = "", gap_level: float = 0.0) -> None:
+    def __init__(
+        self,
+        W: Tensor,
+        b: Tensor | None,
+        activation: Activation,
+        gap_kind: str = "",
+        gap_level: float = 0.0,
+        original: tuple[Tensor, Tensor | None] | None = None,
+    ) -> None:
         self.W, self.b, self.activation = W.double(), None if b is None else b.double(), activation
+        self.original = original
+        self.original_distance = 0.0
         self.gap_kind, self.gap_level = gap_kind, gap_level
         self.dual = DualPoint(*W.shape, b is not None, W.device) if gap_kind else None
         self.rows = self.rows_total = 0
@@ -143,10 +156,13 @@ class LayerTally:
             rows: which of these rows the layer's program used.
         """
         A, Y = A.double(), self.activation.apply(reference.double())
-        Z = A @ self.W if self.b is None else torch.addmm(self.b, A, self.W)
+        Z = _affine(A, self.W, self.b)
         lo, hi = self.activation.box(Y)
         residual = (Z - nearest_point(Z, lo, hi)).square_()
-        moved = self.activation.apply(response.double()).sub_(Y)
+        if self.original is not None:
+            own = _affine(A, *self.original)
+            self.original_distance += float((own - nearest_point(own, lo, hi))[rows].square().sum())
+        moved = self.activation.apply(response.double()) - Y
         self.rows_total += len(A)
         self.reference_all += float(Y.square().sum())
         self.distance_all += float(residual.sum())
@@ -188,19 +204,25 @@ class LayerTally:
             gap=self.gap(),
             gap_kind=self.gap_kind,
             holds=holds,
+            gap_level=self.gap_level,
+            original_distance=math.sqrt(self.original_distance),
         )
+
+
+def _affine(A: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    return A @ W.double() if b is None else torch.addmm(b.double(), A, W.double())
 
 
 def spectral_norm(W: Tensor) -> float:
     """``||W||_2`` from a float64 singular value decomposition, rounded up so that it stays an upper bound."""
     if not W.numel():
         return 0.0
-    return float(torch.linalg.matrix_norm(W.double(), 2)) * (1 + 1e-12)
+    return float(torch.linalg.matrix_norm(W.detach().double(), 2)) * (1 + 1e-12)
 
 
 def entry_norm(W: Tensor) -> float:
     """``||W||_1``, the sum of absolute entries: the norm of the published link-normalised bounds; at least ``||W||_2``."""
-    return float(W.double().abs().sum())
+    return float(W.detach().double().abs().sum())
 
 
 def clopper_pearson_upper(events: int, samples: int, confidence: float) -> float:

@@ -62,12 +62,10 @@ _MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {
     nn.ReLU6: lambda m: preimage.named("relu6"),
     nn.Hardtanh: lambda m: preimage.clamp(m.min_val, m.max_val),
     nn.LeakyReLU: _leaky,
-    nn.ELU: lambda m: preimage.as_linear(f"elu({m.alpha:g})", lipschitz=max(1.0, abs(m.alpha))),
-    nn.CELU: lambda m: preimage.as_linear("celu", lipschitz=1.0),
+    nn.ELU: lambda m: preimage.elu(m.alpha),
+    nn.CELU: lambda m: preimage.named("celu"),
     nn.Softmax: lambda m: preimage.named("softmax"),
-    nn.LogSoftmax: lambda m: preimage.as_linear("logsoftmax"),
-    nn.Softplus: lambda m: preimage.as_linear("softplus", lipschitz=1.0),
-    nn.PReLU: lambda m: preimage.as_linear("prelu", lipschitz=max(1.0, float(m.weight.detach().abs().max()))),
+    nn.Softplus: lambda m: preimage.named("softplus"),
     **{
         kind: (lambda m, name=name: preimage.named(name))  # type: ignore[misc]
         for kind, name in (
@@ -190,8 +188,7 @@ def activation_of(node: Node, modules: Mapping[str, nn.Module]) -> Activation | 
         if node.target is F.hardtanh:
             return preimage.clamp(float(_argument(node, 1, "min_val", -1.0)), float(_argument(node, 2, "max_val", 1.0)))
         if node.target is F.elu:
-            alpha = float(_argument(node, 1, "alpha", 1.0))
-            return preimage.as_linear(f"elu({alpha:g})", lipschitz=max(1.0, abs(alpha)))
+            return preimage.elu(float(_argument(node, 1, "alpha", 1.0)))
         if node.target in (torch.clamp, torch.clip):
             return _clamp(node)
         name = _FUNCTION_NAMES.get(node.target)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -65,12 +67,12 @@ _LIPSCHITZ: dict[str, float] = {
     "silu": 1.0999,
     "mish": 1.0886,
     "hardswish": 1.5,
-    "elu": 1.0,  # for alpha <= 1; the graph's reading passes other values
     "selu": 1.7581,
     "logsigmoid": 1.0,
     "tanhshrink": 1.0,
     "softshrink": 1.0,
     "softmax": 1.0,
+    "celu": 1.0,
 }
 
 
@@ -78,7 +80,8 @@ def clamp(low: float, high: float, name: str = "hardtanh") -> Activation:
     """``s(z) = min(max(z, low), high)``: ReLU6 is ``clamp(0, 6)``, Hardtanh ``clamp(-1, 1)``."""
     if not low < high:
         raise InvalidInput(f"activation {name}: low must be below high, found low={low}, high={high}")
-    return Activation(name, low=float(low), high=float(high))
+    label = name if name == "relu6" else f"{name}({float(low)!r}, {float(high)!r})"
+    return Activation(label, low=float(low), high=float(high))
 
 
 def leaky_relu(slope: float) -> Activation:
@@ -86,13 +89,13 @@ def leaky_relu(slope: float) -> Activation:
     if slope == 0.0:
         return RELU
     if 0.0 < slope <= 1.0:
-        return Activation("leaky_relu", slope=float(slope))
-    return as_linear(f"leaky_relu({slope:g})", lipschitz=max(1.0, abs(slope)))
+        return IDENTITY if slope == 1.0 else Activation(f"leaky_relu({float(slope)!r})", slope=float(slope))
+    return as_linear(f"leaky_relu({float(slope)!r})", lipschitz=max(1.0, abs(slope)))
 
 
 def as_linear(name: str, lipschitz: float | None = None) -> Activation:
     """An activation whose pre-activation is matched because its preimages are not boxes (or nobody knows)."""
-    return Activation(name, exact=False, lipschitz=_LIPSCHITZ.get(name, lipschitz))
+    return Activation(name, exact=False, lipschitz=_LIPSCHITZ.get(name) if lipschitz is None else lipschitz)
 
 
 _NAMED: dict[str, Activation] = {
@@ -102,16 +105,40 @@ _NAMED: dict[str, Activation] = {
     "relu6": clamp(0.0, 6.0, "relu6"),
     "hardtanh": clamp(-1.0, 1.0),
     "leaky_relu": leaky_relu(0.01),
+    "elu": as_linear("elu(1.0)", lipschitz=1.0),
+}
+
+
+def elu(alpha: float) -> Activation:
+    """ELU, treated as linear; its largest slope is ``max(1, alpha)``."""
+    return as_linear(f"elu({float(alpha)!r})", lipschitz=max(1.0, abs(alpha)))
+
+
+_MADE: dict[str, Callable[..., Activation]] = {
+    "leaky_relu": leaky_relu,
+    "elu": elu,
+    "hardtanh": clamp,
+    "clamp": lambda low, high: clamp(low, high, "clamp"),
 }
 
 
 def named(name: str) -> Activation:
     """The activation of that name: identity, linear, relu, relu6, hardtanh, leaky_relu, or one known only by its Lipschitz constant.
 
+    Parameters stand in parentheses, as in ``"leaky_relu(0.1)"`` or ``"hardtanh(-2, 2)"``; ``named(a.name)`` gives ``a`` back.
+
     Raises:
         InvalidInput: the name is not known; the message names the nearest one.
     """
-    key = name.lower().replace("-", "_")
+    key = name.lower().replace("-", "_") if "(" not in name else name.lower()
+    made = re.fullmatch(r"(\w+)\(([^()]*)\)", key)
+    if made and made[1] in _MADE:
+        try:
+            return _MADE[made[1]](*(float(value) for value in made[2].split(",")))
+        except (TypeError, ValueError) as error:
+            raise InvalidInput(f"activation {name!r}: its parameters cannot be read ({error})") from error
+    if key in ("unknown", "mixed"):
+        return as_linear(key)
     if key in _NAMED:
         return _NAMED[key]
     if key in _LIPSCHITZ:

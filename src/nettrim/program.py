@@ -256,6 +256,22 @@ class StandardProgram:
         return U, c
 
 
+def _live(scale: Tensor, norm: Tensor) -> Tensor:
+    """Inputs that vary: beyond rounding of their own mean, and of the largest input (compressed rows carry its rounding)."""
+    if not len(norm):
+        return norm > 0
+    return (scale > 1e-9 * norm) & (scale > 1e-10 * norm.max().clamp(min=1e-290))
+
+
+def dead_inputs(program: LayerProgram) -> int:
+    """How many inputs never vary (without a bias: are always zero); their weights are zero in every solution."""
+    A, e = program.inputs, program.bias_column
+    norm = torch.linalg.vector_norm(A, dim=0)
+    if e is not None:
+        A = A - torch.outer(e, (e @ A) / e.square().sum())
+    return int((~_live(torch.linalg.vector_norm(A, dim=0), norm)).sum())
+
+
 def standardise(program: LayerProgram, dtype: torch.dtype | None = None) -> StandardProgram:
     """Eliminates the bias, scales the inputs, removes the dead ones and decomposes the Gram matrix (design section 3).
 
@@ -270,7 +286,7 @@ def standardise(program: LayerProgram, dtype: torch.dtype | None = None) -> Stan
     else:
         mean = A.new_zeros(A.shape[1])
     scale = torch.linalg.vector_norm(A, dim=0)
-    live = scale > 1e-9 * norm.clamp(min=1e-30)
+    live = _live(scale, norm)
     scale = scale[live]
     A = A[:, live] / scale
     gram = A.T @ A

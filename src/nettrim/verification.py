@@ -43,8 +43,7 @@ LEVEL = 0.1  # relative discrepancy whose probability of being exceeded is bound
 class Claim:
     """What is to be certified of one pruned layer.
 
-    ``tolerance`` is absolute, ``None`` for none; ``gap_kind`` and ``gap_level`` name the l1 program whose gap is recomputed;
-    ``original_distance`` is the distance that the original weights had on the same inputs.
+    ``tolerance`` is absolute, ``None`` for none; ``gap_kind`` and ``gap_level`` name the l1 program whose gap is recomputed.
     """
 
     name: str
@@ -52,7 +51,6 @@ class Claim:
     tolerance: float | None
     gap_kind: str
     gap_level: float
-    original_distance: float
 
 
 @dataclass(frozen=True)
@@ -74,9 +72,16 @@ def certify(
 ) -> Certificate:
     """One pass over the calibration data through both networks; the certificate of all layers and of the network."""
     names = [claim.name for claim in claims]
-    views = pruned.views(names)
+    views, originals = pruned.views(names), reference.views(names)
     tallies = {
-        claim.name: LayerTally(views[claim.name].weights(), views[claim.name].bias(), claim.activation, claim.gap_kind, claim.gap_level)
+        claim.name: LayerTally(
+            views[claim.name].weights(),
+            views[claim.name].bias(),
+            claim.activation,
+            claim.gap_kind,
+            claim.gap_level,
+            (originals[claim.name].weights(), originals[claim.name].bias()),
+        )
         for claim in claims
     }
     selections = {
@@ -96,7 +101,7 @@ def certify(
                 tallies[name].add(x_ref if setup.scheme == "parallel" else x, z_ref, z, rows)
                 start[name] += len(x)
         output.add(out_before, out_after)
-    bounds = _Bounds(claims, tallies, chain, pruned.model, setup.scheme)
+    bounds = _Bounds(claims, tallies, chain, pruned.model, reference.model, setup.scheme)
     layers = tuple(
         tallies[claim.name].certificate(claim.name, claim.tolerance, *bounds.of_layer(claim.name, found.calls[claim.name])) for claim in claims
     )
@@ -119,24 +124,19 @@ def certify(
 class _Bounds:
     """Network bounds along the chain (docs/theory.md, section 4), on all calibration rows."""
 
-    def __init__(self, claims: Sequence[Claim], tallies: Mapping[str, LayerTally], chain: Chain, model: nn.Module, scheme: str) -> None:
+    def __init__(self, claims: Sequence[Claim], tallies: Mapping[str, LayerTally], chain: Chain, pruned: nn.Module, original: nn.Module, scheme: str) -> None:
         self.chain, self.scheme = chain, scheme
         self.distances = {name: math.sqrt(tally.distance_all) for name, tally in tallies.items()}
         everything = all(tally.rows == tally.rows_total for tally in tallies.values())
         self.tolerances = {claim.name: claim.tolerance for claim in claims if claim.tolerance is not None and everything}
         self.gammas = {
-            claim.name: claim.tolerance / claim.original_distance
+            claim.name: claim.tolerance / math.sqrt(tallies[claim.name].original_distance)
             for claim in claims
-            if claim.tolerance is not None and claim.original_distance > 0 and everything
+            if claim.tolerance is not None and tallies[claim.name].original_distance > 0 and everything
         }
-        modules = dict(model.named_modules())
-        weights: dict[str, Tensor] = {
-            step.layer: weight
-            for step in chain.steps
-            if step.layer is not None and isinstance(weight := getattr(modules[step.layer], "weight", None), Tensor)
-        }
-        self.spectral = {name: spectral_norm(weight) for name, weight in weights.items()}
-        self.entries = {name: entry_norm(weight) for name, weight in weights.items()}
+        self.spectral = {name: spectral_norm(weight) for name, weight in _chain_weights(chain, pruned).items()}
+        # the cascade's published bound speaks of the original weights, the parallel one of the pruned ones
+        self.entries = {name: entry_norm(weight) for name, weight in _chain_weights(chain, original if scheme == "cascade" else pruned).items()}
         self.after: dict[str, float] = {}
         self.last: str | None = None
         self.output: float | None = None
@@ -180,6 +180,11 @@ class _Bounds:
         if calls > 1:
             return None, f"it is called {calls} times in a pass"
         return None, self.chain.reason
+
+
+def _chain_weights(chain: Chain, model: nn.Module) -> dict[str, Tensor]:
+    modules = dict(model.named_modules())
+    return {step.layer: modules[step.layer].get_parameter("weight") for step in chain.steps if step.layer is not None}
 
 
 class _OutputTally:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from typing import TypeVar
 
 from ..status import InvalidInput
 
+T = TypeVar("T")
 PerLayer = float | Mapping[str, float]
 
 
@@ -32,15 +34,16 @@ def _check_number(method: str, label: str, kind: str, value: object) -> None:
 
 
 def target_for(target: PerLayer, layer: str) -> float | None:
-    """The number for that layer; a mapping's exact names come before its patterns; ``None`` when it names neither."""
-    if not isinstance(target, Mapping):
-        return float(target)
-    if layer in target:
-        return float(target[layer])
-    for key, value in target.items():
-        if key.startswith("re:") and re.fullmatch(key[3:], layer):
-            return float(value)
-    return None
+    """The number for that layer; ``None`` when a mapping does not name it."""
+    value = lookup(target, layer) if isinstance(target, Mapping) else target
+    return None if value is None else float(value)
+
+
+def lookup(mapping: Mapping[str, T], layer: str) -> T | None:
+    """The entry of a layer: exact names come before ``re:pattern``; ``None`` when neither names it."""
+    if layer in mapping:
+        return mapping[layer]
+    return next((value for key, value in mapping.items() if key.startswith("re:") and re.fullmatch(key[3:], layer)), None)
 
 
 def kept_weights(count: int, sparsity: float) -> int:

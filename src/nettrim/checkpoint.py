@@ -1,0 +1,141 @@
+"""Saving and loading results: safetensors for weights, JSON for the rest. All files of a folder are replaced together or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .certificate import Certificate
+from .report import PruneReport
+from .status import InvalidInput
+
+if TYPE_CHECKING:
+    from .pruning import PruneResult
+
+MODEL, REPORT, CERTIFICATE, PAGE = "model.safetensors", "report.json", "certificate.json", "report.html"
+
+
+def check_writable(folder: str | Path) -> Path:
+    """Refuses an output folder that cannot be written to, before any work is done; creates it when it is missing.
+
+    Raises:
+        InvalidInput: the folder is a file, or it or its parent cannot be written to.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InvalidInput(f"output folder {path}: it must be a folder that can be written to ({error.strerror or error}); choose another") from error
+    return path
+
+
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, each tensor with storage of its own; refuses state that is not a tensor."""
+    state = {}
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise InvalidInput(f"state_dict entry {key!r} is a {type(value).__name__}; safetensors holds tensors only: use torch.save for this model")
+        state[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return state
+
+
+def save(result: PruneResult, folder: str | Path, comparison: Any = ()) -> Path:
+    """Writes model.safetensors, report.json, certificate.json and report.html into ``folder``; returns it."""
+    from .render import report_html  # drawing is needed only here
+
+    path = check_writable(folder)
+    page = report_html(result.report, result.certificate, result.masks(), comparison=comparison)
+    state = state_tensors(result.model)
+    # written beside the final place, then moved: an interruption leaves an earlier result whole
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=path))
+    try:
+        save_file(state, staging / MODEL, metadata={"format": "pt", "producer": "nettrim"})
+        _write_json(staging / REPORT, result.report.to_dict())
+        _write_json(staging / CERTIFICATE, result.certificate.to_dict())
+        (staging / PAGE).write_text(page, encoding="utf-8")
+        for name in (MODEL, REPORT, CERTIFICATE, PAGE):
+            os.replace(staging / name, path / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return path
+
+
+def load(folder: str | Path, into: nn.Module) -> nn.Module:
+    """Loads pruned weights from a saved folder (or a safetensors file) into ``into``, in place, and returns it.
+
+    Raises:
+        InvalidInput: the file is missing or damaged, or names or shapes do not fit; nothing is written in that case.
+    """
+    path = Path(folder)
+    load_state(into, read_weights(path / MODEL if path.is_dir() else path), str(path))
+    return into
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Loads a state dict after checking every name and shape."""
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or extra:
+        raise InvalidInput(
+            f"weights {origin} do not fit the model ({type(model).__name__}): "
+            + "; ".join(f"{label} {', '.join(keys[:5])}" for label, keys in (("missing", missing), ("not in the model", extra)) if keys)
+        )
+    for key, value in state.items():
+        if tuple(value.shape) != tuple(own[key].shape):
+            raise InvalidInput(f"weights {origin} do not fit the model: {key} must be {tuple(own[key].shape)}, found {tuple(value.shape)}")
+    model.load_state_dict(dict(state))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a ``.safetensors`` file, or of a state dict saved by ``torch.save`` (read with ``weights_only=True``)."""
+    if not path.is_file():
+        raise InvalidInput(f"weights file {path}: there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise InvalidInput(f"weights file {path}: it cannot be read ({error})") from error
+    except Exception as error:  # torch.load raises pickle errors of several kinds for what is not a plain state dict
+        raise InvalidInput(f"weights file {path}: it is not a plain state dict ({type(error).__name__}); save model.state_dict()") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InvalidInput(f"weights file {path}: it must hold a state dict of tensors; save model.state_dict()")
+    return dict(state)
+
+
+def read_report(folder: str | Path) -> PruneReport:
+    """The report of a saved folder."""
+    return PruneReport.from_dict(_read_json(Path(folder) / REPORT))
+
+
+def read_certificate(folder: str | Path) -> Certificate:
+    """The certificate of a saved folder."""
+    return Certificate.from_dict(_read_json(Path(folder) / CERTIFICATE))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidInput(f"{path}: it cannot be read ({error.strerror}); give a folder that result.save wrote") from error
+    except ValueError as error:
+        raise InvalidInput(f"{path}: it is not valid JSON ({error}); the file is damaged") from error
+    if not isinstance(data, dict):
+        raise InvalidInput(f"{path}: it must hold a JSON object; the file is damaged")
+    return data
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,303 @@
+"""``prune``: the entry point."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from . import preimage, schemes
+from .calibration import Batches, Calibration
+from .capture import Replica, Scan, device_of, hashes, layer_program, reference_replica, replicate, scan
+from .certificate import Certificate
+from .graph import Graph, read
+from .layers import LayerView, view
+from .methods import Method
+from .methods.targets import lookup
+from .preimage import Activation
+from .program import LayerProgram, dead_inputs
+from .progress import Observer, observer
+from .report import LayerReport, PruneReport
+from .selection import resolve, select
+from .solution import Solution
+from .status import InvalidInput, NothingToPrune
+from .verification import Claim, Setup, certify, certify_heldout
+
+MAX_SAMPLES = 20_000
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A pruned copy of the model, the report of how it was made, and the certificate of what it guarantees."""
+
+    model: nn.Module
+    report: PruneReport
+    certificate: Certificate
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes model.safetensors, report.json, certificate.json and report.html; all of them or none."""
+        from .checkpoint import save  # checkpoint renders the page; only those who save need it
+
+        return save(self, folder)
+
+    def masks(self) -> dict[str, NDArray[np.bool_]]:
+        """For each pruned layer, which weights are not zero: (outputs, inputs), as in the module."""
+        modules = dict(self.model.named_modules())
+        return {layer.name: (view(layer.name, modules[layer.name]).weights().T != 0).cpu().numpy() for layer in self.report.layers}
+
+
+def prune(
+    model: nn.Module,
+    calibration: Batches,
+    method: Method,
+    *,
+    scheme: Literal["cascade", "parallel"] = "cascade",
+    layers: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    activations: Mapping[str, str | Activation] | None = None,
+    heldout: Batches | None = None,
+    max_samples: int = MAX_SAMPLES,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool | Observer = True,
+) -> PruneResult:
+    """Prunes a trained network layer by layer and certifies the result. ``model`` itself is left unchanged.
+
+    Args:
+        model: any module in which torch.fx or hooks can find Linear layers.
+        calibration: unlabelled batches that can be read more than once: tensors, tuples whose first item is the input, or mappings of
+            keyword inputs; or one tensor with samples along its first dimension.
+        method: ``NetTrim(...)``, ``Magnitude(...)``.
+        scheme: ``"parallel"`` (every layer sees the reference network's inputs) or ``"cascade"`` (the pruned network's).
+        layers: names of layers, names of modules that contain them, or ``re:pattern``; by default every Linear layer.
+        ignore: the same, to leave out.
+        activations: by layer name, the activation that follows (``"relu"``, ``"hardtanh(-1, 1)"``, ...), where the model's graph does not show it.
+        heldout: batches that the certificate's statement about unseen inputs is made from; with labels, accuracy too.
+        max_samples: most rows kept for a layer whose activation's preimages are boxes; chosen with ``seed``. One layer at a time is held,
+            at about 12 bytes * max_samples * (N + 3 M), besides 32 bytes * N^2 for its Gram matrix. Layers that are matched linearly use every
+            row and keep none.
+        seed: chooses the rows where there are more than ``max_samples``.
+        device: where the work is done; by default where the model is.
+        progress: ``True`` shows a live bar on a terminal and plain lines elsewhere (standard error).
+
+    Returns:
+        PruneResult: ``.model`` (same class, same state_dict keys), ``.report``, ``.certificate``.
+
+    Raises:
+        InvalidInput: anything that cannot be used; raised before any layer is solved.
+    """
+    started = time.perf_counter()
+    if scheme not in ("cascade", "parallel"):
+        raise InvalidInput(f"scheme must be 'cascade' or 'parallel', found {scheme!r}")
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"model must be an nn.Module, found {type(model).__name__}")
+    if not callable(getattr(method, "solve", None)):
+        raise InvalidInput(f"method must be a pruning method such as nettrim.NetTrim(epsilon=0.02), found {method!r}")
+    if max_samples < 1:
+        raise InvalidInput(f"max_samples must be at least 1, found {max_samples}")
+    names = select(model, layers, ignore)
+    if isinstance(method.targets, Mapping):
+        resolve(method.targets, names, type(method).__name__ + f".{method.kind}")
+    stated = _stated(activations or {}, names)
+    batches = Calibration(calibration)
+    unseen = None if heldout is None else Calibration(heldout, "heldout")
+    place = device_of(model, device)
+    with observer(progress) as show:
+        show.message("reading the calibration data")
+        first = next(iter(batches))
+        reference, notice = reference_replica(model, place, first)
+        found = scan(reference, names, batches)
+        names, notes = _called(names, found, layers)
+        graph = read(reference.model, names, stated)
+        notes = [*([notice] if notice else []), *([graph.notice] if graph.notice else []), *notes]
+        run = _Run(model, method, scheme, batches, found, graph, reference, max_samples, seed, show)
+        run.solve([name for name in names if method.target(name) is not None])
+        show.message("certifying")
+        certificate = run.certify(notice)
+        if unseen is not None:
+            statement = certify_heldout(reference, run.pruned, unseen, calibration_hash=found.data_hash)
+            certificate = replace(certificate, heldout=statement)
+    notes += [f"{name}: no {method.kind} was given for it; left as it is" for name in names if method.target(name) is None]
+    report = PruneReport(
+        method=method.describe(),
+        scheme=scheme,
+        seed=seed,
+        samples=found.samples,
+        seconds=time.perf_counter() - started,
+        sample_shape=found.sample_shape,
+        layers=tuple(run.reports),
+        notes=tuple(notes),
+        settings=_settings(method) | {"max_samples": max_samples, "stated_activations": {name: a.name for name, a in stated.items()}},
+    )
+    return PruneResult(run.result, report, certificate)
+
+
+class _Run:
+    """One pruning run: the copies it works on and what it has reported so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        scheme: str,
+        batches: Calibration,
+        found: Scan,
+        graph: Graph,
+        reference: Replica,
+        max_samples: int,
+        seed: int,
+        show: Observer,
+    ) -> None:
+        self.method, self.scheme, self.batches, self.found, self.graph, self.reference = method, scheme, batches, found, graph, reference
+        self.max_samples, self.seed, self.show = max_samples, seed, show
+        self.original = model
+        self.result = copy.deepcopy(model)
+        self.pruned = replicate(model, reference.device, reference.dtype)
+        self.reports: list[LayerReport] = []
+        self.claims: list[Claim] = []
+        self.count = self.index = 0
+        self.begun = 0.0
+
+    def solve(self, names: Sequence[str]) -> None:
+        if not names:
+            raise NothingToPrune(f"{type(self.method).__name__}: no {self.method.kind} was given for any layer that the model calls")
+        self.count = len(names)
+        if self.scheme == "parallel":
+            schemes.parallel(names, self._capture, self._solve, self._write)
+        else:
+            schemes.cascade(names, self.pruned, self._capture, self._solve, self._write)
+
+    def _layer(self, name: str) -> LayerView:
+        return view(name, dict(self.result.named_modules())[name])
+
+    def _capture(self, name: str, pruned: Replica | None) -> LayerProgram:
+        self.begun = time.perf_counter()
+        self.show.begin(name, self.index, self.count)
+        return layer_program(
+            name,
+            self.graph.readings[name].activation,
+            self.reference,
+            pruned,
+            self.batches,
+            self.found,
+            max_samples=self.max_samples,
+            seed=self.seed,
+            correction=self.method.correction,
+            dtype=self._layer(name).dtype,
+        )
+
+    def _solve(self, name: str, program: LayerProgram) -> Solution:
+        target = self.method.target(name)
+        assert target is not None
+
+        def watch(iteration: int, distance: float, density: float) -> None:
+            self.show.update(name, iteration, distance / max(program.reference_norm, 1e-300), density)
+
+        solution = self.method.solve(program, target, watch)
+        self._report(name, program, solution, target)
+        return solution
+
+    def _write(self, name: str, solution: Solution) -> None:
+        for model in (self.result, self.pruned.model):
+            view(name, dict(model.named_modules())[name]).write(solution.weights, solution.bias)
+        self.index += 1
+        self.show.end(self.reports[-1])
+
+    def _report(self, name: str, program: LayerProgram, solution: Solution, target: float) -> None:
+        layer, reading = self._layer(name), self.graph.readings[name]
+        notes = list(solution.notes)
+        module = layer.module
+        if not module.weight.requires_grad:
+            notes.append("its weights are frozen (requires_grad=False); they were pruned all the same and stay frozen; use ignore= to leave them")
+        calls = self.found.calls[name]
+        if calls > 1:
+            notes.append(f"called {calls} times in a pass: all calls count as rows of one program")
+            if self.scheme == "cascade":
+                notes.append("its later inputs depend on itself: the certificate checks its tolerance on the finished network")
+        if self.found.rows[name] > program.rows:
+            notes.append(f"{program.rows} of {self.found.rows[name]} rows were used (max_samples)")
+        exact = self.scheme == "parallel" or self.method.correction == 1
+        if not exact and solution.tolerance is not None:
+            notes.append("correction below 1: the tolerance was kept to a shifted target, so the certificate states only what was achieved")
+        self.reports.append(
+            LayerReport(
+                name=name,
+                kind=layer.kind,
+                inputs=layer.shape[0],
+                outputs=layer.shape[1],
+                activation=reading.activation.name,
+                reading=reading.words,
+                target=f"{self.method.kind} {target:g}",
+                status=solution.status,
+                nonzeros=int((solution.weights != 0).sum()),
+                weights=solution.weights.numel(),
+                rows=program.rows,
+                reference_norm=program.reference_norm,
+                distance=solution.distance,
+                tolerance=solution.tolerance,
+                original_distance=program.original_distance(),
+                gap=solution.gap,
+                iterations=solution.iterations,
+                seconds=time.perf_counter() - self.begun,
+                dead_inputs=dead_inputs(program),
+                notes=tuple(notes),
+            )
+        )
+        kind = self.method.certified_program if solution.gap is not None and exact else ""
+        level = solution.tolerance_used if kind == "epsilon" else solution.penalty
+        self.claims.append(
+            Claim(
+                name=name,
+                activation=reading.activation,
+                tolerance=solution.tolerance_used if exact else None,
+                gap_kind=kind,
+                gap_level=level if kind and level is not None else 0.0,
+            )
+        )
+
+    def certify(self, notice: str) -> Certificate:
+        setup = Setup(
+            method=self.method.describe(),
+            program="preimage",
+            scheme=self.scheme,
+            arithmetic="float64" if not notice else notice,
+            max_samples=self.max_samples,
+            seed=self.seed,
+            reference_hash=hashes(self.original),
+            weights_hash=hashes(self.result),
+        )
+        return certify(self.reference, self.pruned, self.claims, self.graph.chain, self.batches, self.found, setup)
+
+
+def _called(names: list[str], found: Scan, layers: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """The layers that the calibration data reach, in the order of their calls; and notes on those that they do not."""
+    missing = [name for name in names if name not in found.order]
+    named = [name for name in missing if layers is not None and name in layers]
+    if named:
+        raise InvalidInput(
+            f"layer {named[0]!r} is never called on the calibration data, so nothing is known of its inputs; "
+            "remove it from layers=, or give data that reach it"
+        )
+    if not found.order:
+        raise NothingToPrune(f"none of the layers {', '.join(names[:8])} is called on the calibration data")
+    return found.order, [f"{name}: never called on the calibration data; left as it is" for name in missing]
+
+
+def _stated(activations: Mapping[str, str | Activation], names: Sequence[str]) -> dict[str, Activation]:
+    resolve(activations, names, "activations")
+    made = {key: value if isinstance(value, Activation) else preimage.named(value) for key, value in activations.items()}
+    return {name: activation for name in names if (activation := lookup(made, name)) is not None}
+
+
+def _settings(method: Method) -> dict[str, Any]:
+    if not is_dataclass(method) or isinstance(method, type):
+        return {}
+    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in asdict(method).items() if value is not None}

@@ -1,0 +1,28 @@
+"""The two schemes: every layer on the reference network's inputs, or each on the inputs that the pruned network gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from .capture import Replica
+from .program import LayerProgram
+from .solution import Solution
+
+Capture = Callable[[str, Replica | None], LayerProgram]
+Solve = Callable[[str, LayerProgram], Solution]
+Write = Callable[[str, Solution], None]
+
+
+def parallel(names: Sequence[str], capture: Capture, solve: Solve, write: Write) -> None:
+    """Every layer sees the reference network's inputs; the order of the layers does not matter."""
+    for name in names:
+        write(name, solve(name, capture(name, None)))
+
+
+def cascade(names: Sequence[str], pruned: Replica, capture: Capture, solve: Solve, write: Write) -> None:
+    """Every layer sees the inputs of the network as pruned so far; its target is still the reference network's output.
+
+    ``write`` must change ``pruned``, so that the next layer sees it.
+    """
+    for name in names:
+        write(name, solve(name, capture(name, pruned)))

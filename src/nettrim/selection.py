@@ -1,0 +1,99 @@
+"""Which layers of a model are pruned, and which are refused or left alone, with the reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+
+from torch import nn
+
+from .layers import is_prunable, view
+from .status import InvalidInput, NothingToPrune, UnknownLayer
+
+
+def select(model: nn.Module, layers: Sequence[str] | None, ignore: Sequence[str]) -> list[str]:
+    """Names of the layers to prune, in the model's order.
+
+    ``layers`` and ``ignore`` hold names of layers, names of modules that contain layers, or ``re:pattern`` (matched against the whole name).
+
+    Raises:
+        UnknownLayer: a name or pattern that fits nothing; the message gives the nearest name.
+        NothingToPrune: no layer is left.
+        InvalidInput: a chosen layer cannot be pruned as it is (tied, wrapped, no values, NaN or inf).
+    """
+    modules = dict(model.named_modules())
+    prunable = [name for name, module in modules.items() if is_prunable(module)]
+    if not prunable:
+        raise NothingToPrune(f"the model ({type(model).__name__}) has no Linear layer; there is nothing that nettrim can prune in it")
+    chosen = prunable
+    if layers is not None:
+        wanted = set(_matches(layers, prunable, modules, "layers", must_prune=True))
+        chosen = [name for name in prunable if name in wanted]
+    dropped = set(_matches(ignore, prunable, modules, "ignore", must_prune=False))
+    chosen = [name for name in chosen if name not in dropped]
+    if not chosen:
+        raise NothingToPrune(f"every prunable layer was excluded ({', '.join(prunable[:8])}); loosen layers= or ignore=")
+    _refuse_ties(modules, chosen)
+    for name in chosen:
+        view(name, modules[name])
+    return chosen
+
+
+def resolve(given: Iterable[str], names: Sequence[str], what: str) -> None:
+    """Refuses keys of a per-layer mapping that fit none of ``names``."""
+    for key in given:
+        if key.startswith("re:"):
+            if not any(_pattern(key, what).fullmatch(name) for name in names):
+                raise UnknownLayer(f"{what}: pattern {key!r} fits none of the layers {', '.join(names)}")
+        elif key not in names:
+            raise UnknownLayer(_unknown(key, names, what))
+
+
+def _matches(given: Sequence[str], prunable: Sequence[str], modules: Mapping[str, nn.Module], what: str, *, must_prune: bool) -> list[str]:
+    if isinstance(given, str):
+        raise InvalidInput(f"{what} must be a list of layer names, found the string {given!r}; write [{given!r}]")
+    found: list[str] = []
+    for key in given:
+        if key.startswith("re:"):
+            pattern = _pattern(key, what)
+            fits = [name for name in modules if name and pattern.fullmatch(name)]
+        else:
+            fits = [key] if key in modules and key else []
+        if not fits:
+            raise UnknownLayer(_unknown(key, [name for name in (prunable if must_prune else modules) if name], what))
+        below = [name for name in prunable if any(name == fit or name.startswith(fit + ".") for fit in fits)]
+        if must_prune and not below:
+            raise InvalidInput(f"{what}: {key!r} is a {type(modules[fits[0]]).__name__} and holds no Linear layer; nettrim prunes Linear layers")
+        found += below
+    return found
+
+
+def _pattern(key: str, what: str) -> re.Pattern[str]:
+    try:
+        return re.compile(key[3:])
+    except re.error as error:
+        raise InvalidInput(f"{what}: {key!r} is not a valid pattern: {error}") from error
+
+
+def _unknown(key: str, names: Iterable[str], what: str) -> str:
+    names = list(names)
+    near = get_close_matches(key, names, n=1, cutoff=0.0)
+    hint = f"the nearest is {near[0]!r}" if near else "the model has none"
+    return f"{what}: no layer fits {key!r}; {hint} (layers: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''})"
+
+
+def _refuse_ties(modules: Mapping[str, nn.Module], chosen: Sequence[str]) -> None:
+    """A weight that two modules share cannot be pruned for one of them without changing the other."""
+    owners: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        for parameter in module.parameters(recurse=False):
+            key = parameter.data_ptr() or id(parameter)
+            owners.setdefault(key, []).append(name)
+    for names in owners.values():
+        tied = [name for name in names if name in chosen]
+        if len(names) > 1 and tied:
+            raise InvalidInput(
+                f"layers {', '.join(map(repr, names))} share one weight: pruning {tied[0]!r} would change the others too; "
+                f"untie them (give each its own copy) or pass ignore={names!r}"
+            )
