@@ -1,0 +1,5 @@
+"""``python -m nettrim``: the command line."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,220 @@
+"""Tables for a terminal, and the report as plain text."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD, Box
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from ..certificate import Certificate
+from ..report import PruneReport
+from ..status import Status
+from .numbers import clean, densities_text, percent, seconds_text, share_of, share_over_all_rows, short_count
+from .words import headline, layer_remarks
+
+_PLAIN_BOX = Box("    \n    \n -- \n    \n    \n -- \n    \n    \n", ascii=True)
+_WIDTH = 110  # of plain text
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One network of a comparison. All but ``seconds`` and the texts are shares: 0.02 is shown as 2 %.
+
+    ``discrepancy`` is the output's discrepancy from the reference network and ``bound`` its proven upper bound, both relative to
+    the norm of the reference output. ``certificate`` is a short verdict such as ``"holds"``.
+    """
+
+    label: str
+    densities: tuple[float, ...]
+    density: float
+    accuracy: float | None
+    agreement: float | None
+    discrepancy: float | None
+    bound: float | None
+    seconds: float | None
+    certificate: str
+
+    def cells(self) -> tuple[str, ...]:
+        """All fields as text, in their order."""
+        return (
+            self.label,
+            densities_text(self.densities),
+            percent(self.density),
+            percent(self.accuracy, decimals=2),
+            percent(self.agreement, -1, decimals=2),
+            percent(self.discrepancy),
+            percent(self.bound, +1),
+            seconds_text(self.seconds),
+            self.certificate,
+        )
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column: its cells and what stands below them in the last, bold row. With ``fold`` (a least width) long texts are folded."""
+
+    header: str
+    cells: Iterable[str | Text]
+    last: str | Text = ""
+    fold: int = 0
+    justify: JustifyMethod = "right"
+
+
+class _FittingTable(Table):
+    """A table whose columns move together where the console is too narrow for it, before anything is folded."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        self.padding = (0, 1, 0, 0)
+        if Measurement.get(console, options.update(max_width=10_000), self).maximum > options.max_width:
+            self.padding = (0, 0, 0, 0)
+        yield from super().__rich_console__(console, options)
+
+
+def _text(cell: str | Text) -> Text:
+    return Text(clean(cell)) if isinstance(cell, str) else cell
+
+
+def _table(columns: Sequence[_Column], caption: str, title: str | None = None, box: Box = SIMPLE_HEAD, last_row: bool = True) -> Table:
+    table = _FittingTable(
+        title=title,
+        caption=caption,
+        box=box,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        caption_style="dim",
+        header_style="bold",
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for column in columns:
+        if column.fold:
+            table.add_column(column.header, overflow="fold", min_width=column.fold)
+        else:
+            table.add_column(column.header, justify=column.justify, no_wrap=True)
+    for row in zip(*(column.cells for column in columns), strict=True):
+        table.add_row(*map(_text, row))
+    if last_row:
+        table.add_section()
+        table.add_row(*(_text(column.last) for column in columns), style="bold")
+    return table
+
+
+def _status(status: Status) -> Text:
+    style = "green" if status is Status.CONVERGED else "dim" if status.ok else "bold yellow"
+    return Text(textwrap.fill(status.value, 9), style=style)
+
+
+def _report_table(report: PruneReport, box: Box) -> Table:
+    layers = report.layers
+    tolerances = any(layer.tolerance is not None for layer in layers)
+    unmet = sum(not layer.status.ok for layer in layers)
+    columns = [
+        _Column("layer", [layer.name for layer in layers], "total", fold=6),
+        _Column("shape", [f"{layer.inputs}->{layer.outputs}" for layer in layers]),
+        _Column("activ-\nation", [layer.activation for layer in layers], fold=6),
+        _Column("density", [percent(layer.density) for layer in layers], percent(report.density)),
+        _Column(
+            "nonzeros/\nweights",
+            [f"{short_count(layer.nonzeros)}/{short_count(layer.weights)}" for layer in layers],
+            f"{short_count(report.nonzeros)}/{short_count(report.weights)}",
+        ),
+        _Column("dis-\ntance", [percent(layer.relative_distance) for layer in layers]),
+    ]
+    if tolerances:
+        columns.append(_Column("toler-\nance", [percent(layer.relative_tolerance) for layer in layers]))
+    if any(layer.gap is not None for layer in layers):
+        columns.append(_Column("gap", [percent(layer.gap, +1) for layer in layers]))
+    columns += [
+        _Column("status", [_status(layer.status) for layer in layers], f"{unmet:,} not" if unmet else "all met", justify="left"),
+        _Column("s", [seconds_text(layer.seconds) for layer in layers], seconds_text(report.seconds)),
+    ]
+    what = "distance and tolerance" if tolerances else "distance"
+    return _table(columns, f"{what}: share of the norm of the layer's reference output", box=box)
+
+
+def report_table(report: PruneReport) -> Table:
+    """The report as a table: one row per layer, then a total. Columns that no layer fills (tolerance, gap) are left out."""
+    return _report_table(report, SIMPLE_HEAD)
+
+
+def report_text(report: PruneReport) -> str:
+    """The report as plain text without control codes: headline, table with an ASCII frame, what to do, notes."""
+    console = Console(
+        file=io.StringIO(), width=_WIDTH, color_system=None, force_terminal=False, force_jupyter=False, no_color=True, legacy_windows=False
+    )
+    with console.capture() as capture:
+        console.print(_report_table(report, _PLAIN_BOX))
+    lines = [headline(report), "", *(line.rstrip() for line in capture.get().splitlines())]
+    notes = [f"{clean(layer.name)}: {remark}" for layer in report.layers for remark in layer_remarks(layer)]
+    notes += [clean(note) for note in report.notes]
+    if notes:
+        lines += ["", "notes", *(textwrap.fill(note, _WIDTH, initial_indent="  ", subsequent_indent="    ") for note in notes)]
+    return "\n".join(lines)
+
+
+def _yes_no(holds: bool) -> Text:
+    return Text("yes", style="green") if holds else Text("NO", style="bold red")
+
+
+def certificate_table(certificate: Certificate) -> Table:
+    """The certificate as a table: one row per layer, then the network's output, as shares of the reference output's norm."""
+    layers, network = certificate.layers, certificate.network
+    sampled = any(layer.rows != layer.rows_total for layer in layers)
+    columns = [
+        _Column("layer", [layer.name for layer in layers], "network output", fold=8),
+        _Column(
+            "rows",
+            [
+                f"{layer.rows:,}" if layer.rows == layer.rows_total else f"{short_count(layer.rows)}/{short_count(layer.rows_total)}"
+                for layer in layers
+            ],
+            f"{network.rows:,}",
+        ),
+        _Column("distance", [percent(share_of(layer.distance, layer.reference_norm)) for layer in layers]),
+    ]
+    if any(layer.tolerance is not None for layer in layers):
+        columns.append(_Column("tolerance", [percent(share_of(layer.tolerance, layer.reference_norm)) for layer in layers]))
+    columns += [
+        _Column(
+            "discrep-\nancy",
+            [percent(share_over_all_rows(layer.discrepancy, layer)) for layer in layers],
+            percent(share_of(network.achieved, network.reference_norm)),
+        ),
+        _Column(
+            "proven\nbound",
+            [percent(share_over_all_rows(layer.bound, layer), +1) for layer in layers],
+            percent(share_of(network.bound, network.reference_norm), +1),
+        ),
+    ]
+    if any(layer.gap is not None for layer in layers):
+        columns.append(_Column("gap", [percent(layer.gap, +1) for layer in layers]))
+    columns.append(_Column("holds", [_yes_no(layer.holds) for layer in layers], _yes_no(network.holds)))
+    caption = "shares of the norm of the reference output" + ("; over sampled rows compared per row" if sampled else "")
+    return _table(columns, caption, "certificate: holds" if certificate.holds else "certificate: DOES NOT HOLD")
+
+
+def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
+    """Several networks side by side: densities, accuracy, agreement with the reference, output discrepancy, bound, time, verdict."""
+    widths = {
+        "network": 10,
+        "density by layer": 12,
+        "density": 0,
+        "accuracy": 0,
+        "agree-\nment": 0,
+        "discrep-\nancy": 0,
+        "proven\nbound": 0,
+        "s": 0,
+        "certi-\nficate": 6,
+    }
+    cells = [row.cells() for row in rows]
+    columns = [_Column(header, [row[index] for row in cells], fold=fold) for index, (header, fold) in enumerate(widths.items())]
+    return _table(columns, "discrepancy and bound: share of the norm of the reference network's output", last_row=False)
