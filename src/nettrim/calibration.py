@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .status import InvalidInput
@@ -20,7 +23,8 @@ class Calibration:
     """Re-iterable batches of inputs (and labels, where given); the same ones in every pass, or an error.
 
     A batch is a tensor, a tuple or list whose first item is the input (the second, if any, is the label), or a mapping of keyword inputs.
-    One tensor instead of batches is cut into batches along its first dimension.
+    One tensor instead of batches is cut into batches along its first dimension. The first pass checks every batch; later passes compare
+    each with a checksum of its bytes (4 bytes a tensor are kept), which is far cheaper than running a model on it.
     """
 
     def __init__(self, batches: Batches, what: str = "calibration") -> None:
@@ -28,10 +32,13 @@ class Calibration:
         if isinstance(batches, Tensor):
             if batches.ndim < 2:
                 raise InvalidInput(f"{what}: a tensor of data needs samples along its first dimension, found shape {tuple(batches.shape)}")
-            batches = list(batches.split(BATCH))
-        elif isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
+            batches = list(torch.split(batches, BATCH))
+        elif isinstance(batches, (str, bytes, Mapping)) or type(batches).__module__ == "numpy" or not isinstance(batches, Iterable):
+            remedy = "; put the one batch into a list" if isinstance(batches, Mapping) else ""
+            remedy = "; use torch.from_numpy" if type(batches).__module__ == "numpy" else remedy
             raise InvalidInput(
-                f"{what} must be batches that can be read more than once (a list or a DataLoader) or one tensor, found {type(batches).__name__}"
+                f"{what} must be batches that can be read more than once (a list or a DataLoader) or one tensor, "
+                f"found {type(batches).__name__}{remedy}"
             )
         elif isinstance(batches, Iterator):
             raise InvalidInput(
@@ -42,15 +49,19 @@ class Calibration:
         self.fingerprints: list[tuple[Any, ...]] | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches, each compared with the first pass (shapes and sums)."""
+        """The batches: checked in the first pass, compared with the first pass in all others.
+
+        Raises:
+            InvalidInput: there is no batch, one cannot be used, or a pass differs from the first.
+        """
         seen: list[tuple[Any, ...]] = []
         count = 0
         for batch in self.batches:
             count += 1
-            fingerprint = tuple((tuple(t.shape), float(t.double().sum())) for t in _tensors(batch))
             if self.fingerprints is None:
-                seen.append(fingerprint)
-            elif count > len(self.fingerprints) or self.fingerprints[count - 1] != fingerprint:
+                check_batch(batch, count, self.what)
+                seen.append(_fingerprint(batch))
+            elif count > len(self.fingerprints) or self.fingerprints[count - 1] != _fingerprint(batch):
                 raise InvalidInput(
                     f"{self.what}: batch {count} differs from the one of the first pass; every pass must see the same data: "
                     "use shuffle=False and no random augmentation, or list(...) of the loader"
@@ -61,12 +72,14 @@ class Calibration:
         if self.fingerprints is None:
             self.fingerprints = seen
         elif count != len(self.fingerprints):
-            raise InvalidInput(f"{self.what}: this pass had {count} batches, the first one {len(self.fingerprints)}; every pass must see the same data")
+            raise InvalidInput(
+                f"{self.what}: this pass had {count} batches, the first one {len(self.fingerprints)}; every pass must see the same data"
+            )
 
 
 def forward(model: nn.Module, batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     """Runs the model on the inputs of a batch, moved to ``device``; floating-point inputs are cast to ``dtype`` when it is given."""
-    inputs = _inputs(batch)
+    inputs = inputs_of(batch)
 
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -98,32 +111,83 @@ def sample_shape(batch: Any) -> tuple[int, ...]:
 
 def check_batch(batch: Any, number: int, what: str) -> None:
     """Refuses a batch that is not usable: wrong kind, no samples, NaN or inf."""
-    inputs = _inputs(batch)
+    inputs = inputs_of(batch)
     if not isinstance(inputs, (Tensor, Mapping)):
+        remedy = "; use torch.from_numpy" if type(inputs).__module__ == "numpy" else ""
         raise InvalidInput(
-            f"{what}: batch {number} must be a tensor, a tuple whose first item is a tensor, or a mapping of keyword inputs, found {type(inputs).__name__}"
-            + ("; use torch.from_numpy" if type(inputs).__module__ == "numpy" else "")
+            f"{what}: batch {number} must be a tensor, a tuple whose first item is a tensor, or a mapping of keyword inputs, "
+            f"found {type(inputs).__name__}{remedy}"
         )
     tensors = _tensors(batch)
     if not tensors:
         raise InvalidInput(f"{what}: batch {number} holds no tensor")
     for tensor in tensors:
-        if tensor.ndim == 0 or not len(tensor):
+        if tensor.layout != torch.strided or tensor.is_meta:
+            kind = "meta" if tensor.is_meta else tensor.layout
+            raise InvalidInput(f"{what}: batch {number} holds a {kind} tensor; give dense tensors with values")
+        if tensor.ndim == 0 or not tensor.numel():
             raise InvalidInput(f"{what}: batch {number} holds no samples (shape {tuple(tensor.shape)})")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InvalidInput(f"{what}: batch {number} holds NaN or inf; remove or repair those samples")
 
 
+def output_tensors(output: Any) -> dict[Any, Tensor]:
+    """The floating-point tensors of a model's output, by position or key.
+
+    Raises:
+        InvalidInput: the output is not a tensor, nor a tuple or mapping that holds a floating-point tensor.
+    """
+    if isinstance(output, Tensor):
+        items: dict[Any, Any] = {0: output}
+    elif isinstance(output, Mapping):
+        items = dict(output)
+    elif isinstance(output, (tuple, list)):
+        items = dict(enumerate(output))
+    else:
+        raise InvalidInput(
+            f"the model's output must be a tensor, or a tuple or mapping of tensors, found {type(output).__name__}; "
+            "wrap the model in a module that returns its tensors"
+        )
+    kept = {key: value for key, value in items.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    if not kept:
+        raise InvalidInput("the model's output holds no floating-point tensor to compare; let the model return its scores")
+    return kept
+
+
+def sample_digests(batches: Calibration) -> list[bytes]:
+    """An 8-byte digest of every sample's inputs, whatever the batches they come in."""
+    digests = []
+    for batch in batches:
+        tensors = _tensors(batch)
+        count = len(tensors[0])
+        rows = [_bytes(tensor).reshape(count, -1) for tensor in tensors if len(tensor) == count]
+        for i in range(count):
+            digest = hashlib.blake2b(digest_size=8)
+            for row in rows:
+                digest.update(row[i].data)
+            digests.append(digest.digest())
+    return digests
+
+
 def update_hash(digest: hashlib._Hash, batch: Any) -> None:
-    """Adds the input tensors of a batch (values, dtype, shape) to a hash."""
-    for tensor in _tensors(batch):
-        update_tensor(digest, tensor)
+    """Adds the inputs of a batch to a hash: tensors (values, dtype, shape), and for keyword inputs their names and plain values."""
+    inputs = inputs_of(batch)
+    if not isinstance(inputs, Mapping):
+        update_tensor(digest, inputs)
+        return
+    for key in sorted(inputs):
+        value = inputs[key]
+        if isinstance(value, Tensor):
+            digest.update(f"{key}=".encode())
+            update_tensor(digest, value)
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            digest.update(f"{key}={value!r};".encode())
 
 
 def update_tensor(digest: hashlib._Hash, tensor: Tensor) -> None:
     """Adds one tensor (dtype, shape, values) to a hash."""
     digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(_bytes(tensor).data)
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
@@ -135,14 +199,25 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _inputs(batch: Any) -> Any:
+def inputs_of(batch: Any) -> Any:
+    """The model's input in a batch: the first item of a tuple or list, or the batch itself."""
     return batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
 
 
 def _tensors(batch: Any) -> list[Tensor]:
-    inputs = _inputs(batch)
+    inputs = inputs_of(batch)
     if isinstance(inputs, Tensor):
         return [inputs]
     if isinstance(inputs, Mapping):
         return [inputs[key] for key in sorted(inputs) if isinstance(inputs[key], Tensor)]
     return []
+
+
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    array: NDArray[np.uint8] = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return array
+
+
+def _fingerprint(batch: Any) -> tuple[Any, ...]:
+    """Dtype, shape and checksum of every input tensor."""
+    return tuple((tensor.dtype, tuple(tensor.shape), zlib.crc32(_bytes(tensor).data)) for tensor in _tensors(batch))

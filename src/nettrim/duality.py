@@ -14,11 +14,15 @@ class DualPoint:
     From ``Z = A W + 1 b^T`` and its nearest point ``T`` of the box, the residual ``D = Z - T`` has the sign that the dual asks for. Its positive
     and negative parts are kept apart, so that each column can be balanced to sum to zero (which the bias demands) without
     leaving that sign pattern.
+
+    With ``scale`` (N,), the inputs that are added are the layer's divided by it, and the products are made in its dtype: an estimate for solvers.
     """
 
-    def __init__(self, N: int, M: int, has_bias: bool, device: torch.device) -> None:
+    def __init__(self, N: int, M: int, has_bias: bool, device: torch.device, scale: Tensor | None = None) -> None:
         self.has_bias = has_bias
-        self.correlation = torch.zeros(2, N, M, dtype=torch.float64, device=device)  # A^T D+, A^T D-
+        self.scale = scale
+        dtype = torch.float64 if scale is None else scale.dtype
+        self.correlation = torch.zeros(2, N, M, dtype=dtype, device=device)  # A^T D+, A^T D-
         self.total = torch.zeros(2, M, dtype=torch.float64, device=device)  # e^T D+, e^T D-
         self.inner = torch.zeros(2, M, dtype=torch.float64, device=device)  # <D+, T>, <D-, T> by column
         self.square = torch.zeros(2, M, dtype=torch.float64, device=device)
@@ -49,7 +53,10 @@ class DualPoint:
             share = torch.where(self.total > 0, smaller / self.total.clamp(min=1e-300), 0.0)
         else:
             share = torch.ones_like(self.total)
-        largest = (share[0] * self.correlation[0] - share[1] * self.correlation[1]).abs().amax(0)
+        correlation = (share[0] * self.correlation[0] - share[1] * self.correlation[1]).abs()
+        if self.scale is not None:
+            correlation = correlation * self.scale[:, None]
+        largest = correlation.amax(0).double() if len(correlation) else self.total[0] * 0.0
         inner = share[0] * self.inner[0] - share[1] * self.inner[1]
         square = share[0].square() * self.square[0] + share[1].square() * self.square[1]
         return largest, inner, square

@@ -6,14 +6,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.parameter import is_lazy
 
 from .status import InvalidInput
 
 
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
 @dataclass(frozen=True)
 class LayerView:
-    """A named ``Linear`` layer as a matrix: ``Z = A W + 1 b^T`` with ``W`` the transpose of the module's weight."""
+    """A named ``Linear`` layer as a matrix: ``Z = A W + 1 b^T`` with ``W`` the transpose of the module's weight.
+
+    Made by :func:`view`, which checks the layer; made directly where it has been checked before.
+    """
 
     name: str
     module: nn.Linear
@@ -63,29 +69,39 @@ def is_prunable(module: nn.Module) -> bool:
 
 
 def view(name: str, module: nn.Module) -> LayerView:
-    """The matrix view of a layer.
+    """The matrix view of a layer, after checking that it can be pruned as it is.
 
     Raises:
         InvalidInput: its weight is not a plain, dense, finite parameter; the message says what to do.
     """
     if not isinstance(module, nn.Linear):
         raise InvalidInput(f"layer {name!r} is a {type(module).__name__}; nettrim prunes Linear layers")
-    if parametrize.is_parametrized(module) or "weight_orig" in dict(module.named_parameters(recurse=False)):
-        raise InvalidInput(
-            f"layer {name!r}: its weight is computed from other parameters; make it plain first with "
-            "torch.nn.utils.prune.remove(module, 'weight') or parametrize.remove_parametrizations(module, 'weight')"
-        )
-    if not isinstance(module.weight, nn.Parameter):
-        raise InvalidInput(f"layer {name!r}: its weight must be an nn.Parameter, found {type(module.weight).__name__}")
-    for label, tensor in (("weight", module.weight), ("bias", module.bias)):
+    for label in ("weight", "bias"):
+        tensor = getattr(module, label)
         if tensor is None:
             continue
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.is_meta:
+        if label not in module._parameters:  # what is written there would be overwritten in the next forward pass
+            raise InvalidInput(
+                f"layer {name!r}: its {label} is computed from other parameters; make it plain first with "
+                f"torch.nn.utils.prune.remove(module, {label!r}), torch.nn.utils.remove_weight_norm(module) or "
+                f"torch.nn.utils.parametrize.remove_parametrizations(module, {label!r}), as it was made"
+            )
+        if without_values(tensor):
             raise InvalidInput(f"layer {name!r}: its {label} holds no values yet; run or load the model before pruning it")
+        if not tensor.numel():
+            raise InvalidInput(f"layer {name!r}: its {label} is empty (shape {tuple(tensor.shape)}); pass ignore=[{name!r}]")
         if tensor.layout != torch.strided:
             raise InvalidInput(f"layer {name!r}: its {label} must be dense, found layout {tensor.layout}; call .to_dense() first")
-        if not tensor.dtype.is_floating_point:
-            raise InvalidInput(f"layer {name!r}: its {label} must be real floating point, found {tensor.dtype}")
+        if tensor.dtype not in DTYPES:
+            known = ", ".join(str(dtype) for dtype in DTYPES)
+            raise InvalidInput(
+                f"layer {name!r}: its {label} must be one of {known}, found {tensor.dtype}; convert the model with .to(dtype)"
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise InvalidInput(f"layer {name!r}: its {label} holds NaN or inf; repair or retrain the model before pruning it")
     return LayerView(name, module)
+
+
+def without_values(tensor: Tensor) -> bool:
+    """True for tensors of lazy modules that have not run yet, and for tensors on the meta device."""
+    return is_lazy(tensor) or tensor.is_meta

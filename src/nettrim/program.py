@@ -226,11 +226,16 @@ class StandardProgram:
         """The optimal ``c`` for the target ``T``: its component along ``e``."""
         return None if self.e is None else (self.e @ T) / self.e_square
 
-    def response(self, U: Tensor, c: Tensor | None) -> Tensor:
-        """``Z = A U + e c^T``."""
-        if c is None or self.e is None:
-            return self.A @ U
-        return torch.addr(self.A @ U, self.e, c)
+    def response(self, U: Tensor, c: Tensor | None, rows: slice = slice(None)) -> Tensor:
+        """``Z = A U + e c^T``, or some of its rows."""
+        Z = self.A[rows] @ U
+        return Z if c is None or self.e is None else Z.addr_(self.e[rows], c)
+
+    def add_response_(self, B: Tensor, U: Tensor, c: Tensor | None, rows: slice, *, alpha: float) -> None:
+        """``B += alpha (A U + e c^T)`` for some rows, in place."""
+        B.addmm_(self.A[rows], U, alpha=alpha)
+        if c is not None and self.e is not None:
+            B.addr_(self.e[rows], c, alpha=alpha)
 
     def distance(self, U: Tensor, c: Tensor | None) -> float:
         """``dist(A U + e c^T, [lo, hi])``, summed in the working dtype."""

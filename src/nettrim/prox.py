@@ -35,13 +35,14 @@ def largest_mask(V: Tensor, k: int) -> Tensor:
     return mask.view_as(V)
 
 
-def ball_of_box(V: Tensor, nearest: Tensor, radius: float) -> Tensor:
-    """``argmin_Z ||Z - V||_F  subject to  dist(Z, S) <= radius``, given ``nearest``, the point of the box ``S`` nearest to ``V``."""
-    residual = V - nearest
-    norm = float(torch.linalg.vector_norm(residual))
-    return V if norm <= radius else torch.add(nearest, residual, alpha=radius / norm)
+def ball_share(distance: float, radius: float) -> float:
+    """``argmin_Z ||Z - V||_F  subject to  dist(Z, S) <= radius`` is ``T + share (V - T)``, with ``T`` the point of ``S`` nearest to ``V``.
+
+    ``distance`` is ``||V - T||_F``; returns ``share``.
+    """
+    return 1.0 if distance <= radius else radius / distance
 
 
-def squared_distance(V: Tensor, nearest: Tensor, rho: float) -> Tensor:
-    """``argmin_Z  1/2 dist(Z, S)^2 + rho/2 ||Z - V||_F^2``, given ``nearest``, the point of the box ``S`` nearest to ``V``."""
-    return torch.add(nearest, V - nearest, alpha=rho / (1.0 + rho))
+def squared_distance_share(rho: float) -> float:
+    """``argmin_Z  1/2 dist(Z, S)^2 + rho/2 ||Z - V||_F^2`` is ``T + share (V - T)``, with ``T`` the point of ``S`` nearest to ``V``; returns ``share``."""
+    return rho / (1.0 + rho)

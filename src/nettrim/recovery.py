@@ -378,7 +378,7 @@ class _Problem:
             cost = wide[~equal].sum(axis=0)
             cost[on.size :] -= 1.0
             above, limit = np.vstack([above, slope]), np.append(limit, 0.0)
-        bounds: Bounds = [(-1.0, 1.0)] * on.size + [(0.0, 1.0)] * (2 * off.size)
+        bounds: Bounds = [*[(-1.0, 1.0)] * on.size, *[(0.0, 1.0)] * (2 * off.size)]
         x = _linear_program(cost, above, limit, wide[equal], np.zeros(int(equal.sum())), bounds)
         if x is None:
             return None

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
-from .layers import is_prunable, view
+from .layers import is_prunable, view, without_values
 from .status import InvalidInput, NothingToPrune, UnknownLayer
 
 
@@ -23,6 +23,7 @@ def select(model: nn.Module, layers: Sequence[str] | None, ignore: Sequence[str]
         InvalidInput: a chosen layer cannot be pruned as it is (tied, wrapped, no values, NaN or inf).
     """
     modules = dict(model.named_modules())
+    _refuse_without_values(model)
     prunable = [name for name, module in modules.items() if is_prunable(module)]
     if not prunable:
         raise NothingToPrune(f"the model ({type(model).__name__}) has no Linear layer; there is nothing that nettrim can prune in it")
@@ -64,7 +65,9 @@ def _matches(given: Sequence[str], prunable: Sequence[str], modules: Mapping[str
             raise UnknownLayer(_unknown(key, [name for name in (prunable if must_prune else modules) if name], what))
         below = [name for name in prunable if any(name == fit or name.startswith(fit + ".") for fit in fits)]
         if must_prune and not below:
-            raise InvalidInput(f"{what}: {key!r} is a {type(modules[fits[0]]).__name__} and holds no Linear layer; nettrim prunes Linear layers")
+            raise InvalidInput(
+                f"{what}: {key!r} is a {type(modules[fits[0]]).__name__} and holds no Linear layer; nettrim prunes Linear layers"
+            )
         found += below
     return found
 
@@ -83,17 +86,23 @@ def _unknown(key: str, names: Iterable[str], what: str) -> str:
     return f"{what}: no layer fits {key!r}; {hint} (layers: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''})"
 
 
+def _refuse_without_values(model: nn.Module) -> None:
+    """Lazy or meta tensors anywhere would get random values, or none, when the model is copied and run."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if without_values(tensor):
+            raise InvalidInput(f"{name} holds no values yet (a lazy module, or the meta device); run or load the model before pruning it")
+
+
 def _refuse_ties(modules: Mapping[str, nn.Module], chosen: Sequence[str]) -> None:
     """A weight that two modules share cannot be pruned for one of them without changing the other."""
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
         for parameter in module.parameters(recurse=False):
-            key = parameter.data_ptr() or id(parameter)
-            owners.setdefault(key, []).append(name)
+            owners.setdefault(parameter.data_ptr() or id(parameter), []).append(name)
     for names in owners.values():
         tied = [name for name in names if name in chosen]
         if len(names) > 1 and tied:
             raise InvalidInput(
-                f"layers {', '.join(map(repr, names))} share one weight: pruning {tied[0]!r} would change the others too; "
-                f"untie them (give each its own copy) or pass ignore={names!r}"
+                f"{', '.join(repr(name) if name else 'the model itself' for name in names)} share one parameter: pruning {tied[0]!r} would "
+                f"change the others too; untie them (give each its own copy) or pass ignore={tied!r}"
             )

@@ -8,42 +8,68 @@ The weights ``U`` meet a copy ``D`` that the penalty shapes (scaled dual ``V``),
   proximal step. It converges much faster to high accuracy on convex programs.
 
 Either way the weight step is the same: ``(G + beta I) U = A^T target + beta (D - V)``, by the eigendecomposition of ``G``.
+
+Passes over the rows go block by block, so that the elementwise steps between two matrix products find their operands in the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ..preimage import nearest_point
 from ..program import StandardProgram
-from ..prox import ball_of_box, squared_distance
+from ..prox import ball_share, squared_distance_share
 
 Prox = Callable[[Tensor], Tensor]
 
+BLOCK_ENTRIES = 1 << 18  # entries of one block of rows: 1 MiB in float32
+
 
 class GramADMM:
-    """State and steps of the loop, in scaled form. Drivers (``l1``, ``l0``) choose proximal steps, penalties and when to stop."""
+    """State and steps of the loop, in scaled form. Drivers (``l1``, ``l0``) choose proximal steps, penalties and when to stop.
 
-    def __init__(self, program: StandardProgram, start: Tensor, *, relaxation: float = 1.6) -> None:
+    The split form keeps one array of the response's size: ``B = relaxed response + Y``, the argument of its last proximal step. With ``T``
+    the point of the box nearest to ``B``, that step is ``R = T + share (B - T)`` and leaves ``Y = (1 - share) (B - T)``.
+    """
+
+    def __init__(self, program: StandardProgram, start: Tensor, *, relaxation: float = 1.8) -> None:
         self.program = program
         self.relaxation = relaxation
         self.U = start.clone()  # satisfies the data
         self.D = start.clone()  # satisfies the penalty
         self.V = torch.zeros_like(start)
         self.c = program.offset(nearest_point(program.response(start, program.c0), program.lo, program.hi))
-        self.R: Tensor | None = None
-        self.Y: Tensor | None = None
-        self.cross: Tensor | None = None
-        self.primal = float("inf")
-        self.dual = float("inf")
+        self.cross = torch.empty_like(start)
+        self.B: Tensor | None = None
+        self.share = 1.0
+        P, M = program.lo.shape
+        self.block = max(64, min(P, BLOCK_ENTRIES // max(M, 1)))
+        self.work = program.lo.new_empty(min(self.block, P), M)
 
-    def _weight_step(self, cross: Tensor, beta: float, ridge: float) -> Tensor:
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        P = len(self.program.lo)
+        for start in range(0, P, self.block):
+            rows = slice(start, min(P, start + self.block))
+            yield rows, self.work[: rows.stop - rows.start]
+
+    def _nearest(self, B: Tensor, rows: slice, out: Tensor) -> Tensor:
+        torch.maximum(B, self.program.lo[rows], out=out)
+        return torch.minimum(out, self.program.hi[rows], out=out)
+
+    def _gather(self, target: Tensor, rows: slice, total: Tensor | None) -> None:
+        """Adds a block of the target to the cross matrix and to its sums along ``e``."""
+        p = self.program
+        self.cross.addmm_(p.A[rows].T, target)
+        if total is not None and p.e is not None:
+            total += p.e[rows] @ target
+
+    def _weight_step(self, beta: float, ridge: float) -> Tensor:
         """``(G + (ridge + beta) I) U = cross + ridge U0 + beta (D - V)``."""
         p = self.program
-        right = torch.add(cross, self.D - self.V, alpha=beta)
+        right = torch.add(self.cross, self.D - self.V, alpha=beta)
         if ridge:
             right.add_(p.U0, alpha=ridge)
         return p.vectors @ ((p.vectors.T @ right) / (p.values + (ridge + beta))[:, None])
@@ -51,16 +77,21 @@ class GramADMM:
     def refresh(self) -> float:
         """Moves the majorised target to the nearest point of the present sparse weights; returns their distance."""
         p = self.program
-        Z = p.response(self.D, self.c)
-        T = nearest_point(Z, p.lo, p.hi)
-        self.c = p.offset(T)
-        self.cross = p.A.T @ T
-        return float(torch.linalg.vector_norm(Z.sub_(T)))
+        self.cross.zero_()
+        total = None if self.c is None else torch.zeros_like(self.c)
+        square = p.lo.new_zeros((), dtype=torch.float64)
+        for rows, T in self._blocks():
+            Z = p.response(self.D, self.c, rows)
+            self._nearest(Z, rows, T)
+            self._gather(T, rows, total)
+            square += torch.linalg.vector_norm(Z.sub_(T)).double().square()
+        if total is not None:
+            self.c = total / p.e_square
+        return float(square.sqrt())
 
     def majorised_step(self, prox: Prox, beta: float, ridge: float) -> None:
         """One iteration against the target of the last :meth:`refresh` (no over-relaxation: the penalty is not convex)."""
-        assert self.cross is not None
-        self.U = self._weight_step(self.cross, beta, ridge)
+        self.U = self._weight_step(beta, ridge)
         self.V.add_(self.U)
         self.D = prox(self.V)
         self.V.sub_(self.D)
@@ -72,29 +103,45 @@ class GramADMM:
         penalised program, whose term is ``1/2 dist^2``.
         """
         p = self.program
-        if self.R is None or self.Y is None:
-            self.R = p.response(self.U, self.c)
-            self.Y = torch.zeros_like(self.R)
-        target = self.R - self.Y
-        self.c = p.offset(target)
-        self.U = self._weight_step(p.A.T @ target, beta, 0.0)
+        if self.B is None:
+            self.B = p.response(self.U, self.c)
+            self.share = self._share(self._distance_of_copy(), rho, radius)
+        self.cross.zero_()
+        total = None if self.c is None else torch.zeros_like(self.c)
+        for rows, T in self._blocks():  # target = R - Y = T + (2 share - 1) (B - T)
+            self._nearest(self.B[rows], rows, T)
+            self._gather(T.lerp_(self.B[rows], 2 * self.share - 1), rows, total)
+        self.c = None if total is None else total / p.e_square
+        self.U = self._weight_step(beta, 0.0)
         a = self.relaxation
-        Z = p.response(self.U, self.c)
-        relaxed = torch.lerp(self.R, Z, a)
-        V = relaxed + self.Y
-        T = nearest_point(V, p.lo, p.hi)
-        R = ball_of_box(V, T, radius) if radius is not None else squared_distance(V, T, rho)
-        self.Y = V.sub_(R)
-        relaxed_U = torch.lerp(self.D, self.U, a)
-        V = relaxed_U + self.V
-        D = prox(V)
-        self.V = V.sub_(D)
-        self.primal = float((torch.linalg.vector_norm(Z - R) ** 2 + beta * torch.linalg.vector_norm(self.U - D) ** 2).sqrt())
-        self.dual = float((torch.linalg.vector_norm(R - self.R) ** 2 + beta * torch.linalg.vector_norm(D - self.D) ** 2).sqrt())
-        self.R, self.D = R, D
+        relaxed = torch.lerp(self.D, self.U, a)
+        V = relaxed.add_(self.V)
+        self.D = prox(V)
+        self.V = V.sub_(self.D)
+        square = p.lo.new_zeros((), dtype=torch.float64)
+        kept = a * self.share
+        for rows, T in self._blocks():  # B = a Z + (1 - a) R + Y = a Z + (1 - a share) B + (a share - a) T
+            B = self.B[rows]
+            self._nearest(B, rows, T)
+            B.mul_(1 - kept).add_(T, alpha=kept - a)
+            p.add_response_(B, self.U, self.c, rows, alpha=a)
+            self._nearest(B, rows, T)
+            square += torch.linalg.vector_norm(torch.sub(B, T, out=T)).double().square()
+        self.share = self._share(float(square.sqrt()), rho, radius)
 
-    def rescale_duals(self, response: float, weights: float) -> None:
-        """Keeps the unscaled duals when the penalties change: multiply by old / new."""
-        if self.Y is not None:
-            self.Y.mul_(response)
-        self.V.mul_(weights)
+    def _share(self, distance: float, rho: float, radius: float | None) -> float:
+        return squared_distance_share(rho) if radius is None else ball_share(distance, radius)
+
+    def _distance_of_copy(self) -> float:
+        assert self.B is not None
+        return float(torch.linalg.vector_norm(self.B - nearest_point(self.B, self.program.lo, self.program.hi)))
+
+    def rescale(self, old: float, new: float, radius: float | None) -> None:
+        """Keeps the unscaled duals when ``rho`` changes from ``old`` to ``new``."""
+        factor = old / new
+        self.V.mul_(factor)
+        if self.B is None:
+            return
+        T = nearest_point(self.B, self.program.lo, self.program.hi)
+        self.B = torch.lerp(T, self.B, self.share + (1 - self.share) * factor)
+        self.share = self._share(self._distance_of_copy(), new, radius)
