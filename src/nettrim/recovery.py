@@ -280,7 +280,8 @@ class _Problem:
         if columns.shape[0] < columns.shape[1]:
             return 0.0
         values = np.linalg.svd(columns, compute_uv=False)
-        return max(0.0, float(values[-1]) - 2 * _UNIT * max(columns.shape) * float(values[0]))
+        smallest: float = float(values[-1]) - 2 * _UNIT * int(max(columns.shape)) * float(values[0])
+        return max(0.0, smallest)
 
     def best_multiplier(self) -> Array | None:
         """The multiplier (P,) of the largest strictness: the linear program (2.2); None where the solver finds none.

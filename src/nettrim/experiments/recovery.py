@@ -42,7 +42,7 @@ RECOVERED = 1e-6
 """A minimiser within this relative error of the neuron counts as the neuron."""
 SPARSITIES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 QUICK_SPARSITIES = (1, 2, 4, 8, 16, 32)
-_TRIALS, _QUICK_TRIALS = 50, 11
+_TRIALS, _QUICK_TRIALS = 60, 25
 _CERTIFIED = 5  # trials of each (N, s) whose verdicts on both sides of the threshold are computed
 _FORMAT = 1
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -98,13 +98,14 @@ class Transition:
 
 @dataclass(frozen=True)
 class Fit:
-    """Least squares of the half-way points on the named terms; ``r_squared`` is about the mean."""
+    """Least squares of the half-way points P50, or of log P50 where ``of`` says so, on the named terms; ``r_squared`` is about the mean."""
 
     name: str
     terms: tuple[str, ...]
     coefficients: tuple[float, ...]
     r_squared: float
     points: int
+    of: str = "P50"
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,9 @@ def run(
     """Measure the transition and write ``recovery.jsonl`` (one line a trial), ``recovery.json``, ``recovery.png`` and ``recovery.svg``.
 
     The map is drawn for ``N``; the scaling is fitted over ``sizes`` (default: N/4, N/2, N and, unless ``quick``, 2 N), each with those
-    ``sparsities`` that are at most a quarter of it for N itself a third. ``entries`` of the neuron are standard normal or +-1;
-    both give the same law (docs/recovery.md, 3.2). A trial depends only on (seed, N, s, trial), not on the order or number of processes.
+    of the ``sparsities`` that are at most a quarter of it; at N itself with all that are given, or the usual ones up to N/3.
+    ``entries`` of the neuron are standard normal or +-1; both give the same law (docs/recovery.md, 3.2). A trial depends only on
+    (seed, N, s, trial), not on the order or the number of processes.
 
     With ``resume`` the trials in an existing ``recovery.jsonl`` of the same seed and entries are kept, so an interrupted run continues and
     more trials can be added; without it the file is started afresh. ``progress(done, total, what)`` is called after every trial.
@@ -194,7 +196,7 @@ def samples_of(N: int, s: int, trial: int, seed: int, entries: Entries = "gaussi
 
     def samples(P: int) -> Array:
         nonlocal rows
-        if P > len(rows):  # row by row, the stream of numbers does not depend on how it is cut
+        if len(rows) < P:  # row by row, the stream of numbers does not depend on how it is cut
             rows = np.vstack([rows, rng.standard_normal((max(P, 2 * len(rows)) - len(rows), N))])
         return rows[:P]
 
@@ -239,8 +241,10 @@ def solve_trial(N: int, s: int, trial: int, seed: int, entries: Entries = "gauss
             failing = middle
     certified = None
     if certify:
-        at, before = (is_unique_minimiser(A, np.maximum(A @ w, 0), w) for A in (samples(enough), samples(max(1, failing))))
-        certified = Certified(at.verdict.value, at.margin, before.verdict.value)
+        at, before = (is_unique_minimiser(A, np.maximum(A @ w, 0), w) if len(A) else None for A in (samples(enough), samples(failing)))
+        assert at is not None
+        # Without samples everything is feasible, 0 too, so the neuron is not a minimiser.
+        certified = Certified(at.verdict.value, at.margin, (before.verdict if before else Verdict.NOT_MINIMISER).value)
     return Trial(N, s, trial, enough, tuple(sorted(attempts, key=lambda a: a.samples)), certified, time.perf_counter() - began)
 
 
@@ -307,8 +311,9 @@ def picture(summary: Summary, trials: Sequence[Trial]) -> Figure:
 
 def _captions(summary: Summary) -> Iterator[str]:
     for fit in summary.fits:
-        formula = " + ".join(f"{c:.3g} {t}" for c, t in zip(fit.coefficients, fit.terms, strict=True))
-        yield f"{fit.name}: P50 = {formula}, R² = {fit.r_squared:.4f} ({fit.points} points)"
+        parts = [f"{c:+.3g} {t}".strip() for c, t in zip(fit.coefficients, fit.terms, strict=True)]
+        formula = " ".join(parts).removeprefix("+")
+        yield f"{fit.name}: {fit.of} = {formula}, R² = {fit.r_squared:.4f} ({fit.points} points)"
     above = "above every trial's threshold" if summary.theorem_above else "NOT above every trial's threshold"
     yield f"Theorem 3's line is {above}; at least {summary.smallest_ratio:.1f} times P50"
     if summary.certified:
@@ -332,13 +337,20 @@ def _draw_map(axes: Axes, summary: Summary, trials: Sequence[Trial]) -> None:
     bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02)
     bar.set_label("share of trials recovered")
     # Above the largest threshold measured, every trial is recovered because more samples never hurt.
-    axes.fill_between([edges[0], edges[-1]], measured, top * 2, color=mesh.cmap(1.0), lw=0)  # type: ignore[misc]
+    axes.fill_between([edges[0], edges[-1]], measured, top * 2, color=mesh.cmap(1.0), lw=0)
     axes.plot(s, [t.half for t in own], "o-", color="#f5b700", mec="#4a3800", ms=5.5, lw=1.6, label="measured, half of the trials")
     axes.plot(s, [t.expected for t in own], ":", color="#d9480f", lw=2.2, label="predicted, 2 × statistical dimension")
     fit = summary.fits[0]
     axes.plot(
-        s, fit.coefficients[0] * s * math.log(summary.size), "--", color="#2b8a3e", lw=1.8, label=f"fit {fit.coefficients[0]:.2f} s log N"
+        s,
+        fit.coefficients[0] * s * math.log(summary.size),
+        "--",
+        color="#2b8a3e",
+        lw=1.8,
+        label=f"fit {fit.coefficients[0]:.2f} s log N, s ≤ N/10, all N",
     )
+    law = next(f.coefficients[0] for f in summary.fits if f.terms == ("s log(e N/s)",))
+    axes.plot(s, law * s * np.log(math.e * summary.size / s), "-.", color="#862e9c", lw=1.6, label=f"fit {law:.2f} s log(e N/s), all N")
     axes.plot(s, [t.theorem for t in own], "-", color="#ffffff", lw=4.5)
     axes.plot(s, [t.theorem for t in own], "-", color="#c2255c", lw=2.4, label=f"Theorem 3, probability {PROBABILITY:.0%}")
     axes.set(xscale="log", yscale="log", xlim=(edges[0], edges[-1]), ylim=(levels[0], top * 1.6))
@@ -366,16 +378,19 @@ def _draw_scaling(axes: Axes, summary: Summary) -> None:
             capsize=2,
             label=f"N = {size}",
         )
+        axes.plot(x, [t.expected for t in own], ":", color=colour, lw=1.4)
         axes.plot(x, [t.theorem for t in own], "-", color=colour, lw=1.4)
     fit = summary.fits[0]
     line = np.geomspace(min(math.log(t.inputs) * t.sparsity for t in summary.transitions), longest, 50)
     label = f"{fit.coefficients[0]:.2f} s log N (s ≤ N/10, R² = {fit.r_squared:.3f})"
     axes.plot(line, fit.coefficients[0] * line, "--", color="#212529", lw=1.4, label=label)
-    axes.plot([], [], "-", color="#868e96", lw=1.4, label=f"Theorem 3, {PROBABILITY:.0%}, same colours")
+    axes.plot([], [], "-", color="#868e96", lw=1.4, label=f"Theorem 3, {PROBABILITY:.0%}, by N")
+    axes.plot([], [], ":", color="#868e96", lw=1.4, label="predicted, 2 × statistical dimension, by N")
     axes.set(xscale="log", yscale="log", xlabel="s log N", ylabel="samples P at half of the trials (bars: 10 % to 90 %)")
     axes.set_title("The transition against s log N")
     axes.grid(True, which="major", lw=0.4, color="#ced4da")
-    axes.legend(loc="upper left", fontsize=8.5)
+    axes.set_ylim(top=12 * max(t.theorem for t in summary.transitions))  # room for the legend
+    axes.legend(loc="upper left", fontsize=8.5, ncols=2)
 
 
 def _plain_ticks(axes: Axes, s: Array) -> None:
@@ -403,7 +418,7 @@ def _transition(trials: Sequence[Trial]) -> Transition:
 
 
 def _fits(transitions: Sequence[Transition]) -> Iterator[Fit]:
-    """First the sparse regime s <= N/10, in which s log N and s log(N/s) are of one order, then all points."""
+    """First the sparse regime s <= N/10, then all points, where s log(N/s) is the law; then the growth with N for each s."""
     sparse = [t for t in transitions if 10 * t.sparsity <= t.inputs] or list(transitions)
     yield _fit("s <= N/10, through the origin", sparse, {"s log N": lambda t: t.sparsity * math.log(t.inputs)})
     yield _fit(
@@ -411,21 +426,27 @@ def _fits(transitions: Sequence[Transition]) -> Iterator[Fit]:
         sparse,
         {"s log N": lambda t: t.sparsity * math.log(t.inputs), "s log s": lambda t: t.sparsity * math.log(t.sparsity)},
     )
+    one_power: dict[str, Callable[[Transition], float]] = {
+        "log(s log N)": lambda t: math.log(t.sparsity * math.log(t.inputs)),
+        "": lambda t: 1.0,
+    }
+    yield _fit("s <= N/10, logarithmic", sparse, one_power, logarithmic=True)
     yield _fit("all s, through the origin", transitions, {"s log N": lambda t: t.sparsity * math.log(t.inputs)})
     yield _fit("all s, through the origin", transitions, {"s log(e N/s)": lambda t: t.sparsity * (1 + math.log(t.inputs / t.sparsity))})
     for s in sorted({t.sparsity for t in transitions}):
         own = [t for t in transitions if t.sparsity == s]
         if len(own) >= 3:
-            yield _fit(f"s = {s}, over N", own, {"log N": lambda t: math.log(t.inputs), "(constant)": lambda t: 1.0})
+            yield _fit(f"s = {s}, over N", own, {"log N": lambda t: math.log(t.inputs), "": lambda t: 1.0})
 
 
-def _fit(name: str, points: Sequence[Transition], terms: dict[str, Callable[[Transition], float]]) -> Fit:
+def _fit(name: str, points: Sequence[Transition], terms: dict[str, Callable[[Transition], float]], logarithmic: bool = False) -> Fit:
     X = np.array([[term(t) for term in terms.values()] for t in points])
     y = np.array([t.half for t in points], dtype=float)
+    y = np.log(y) if logarithmic else y
     coefficients = np.linalg.lstsq(X, y, rcond=None)[0]
     spread = float(((y - y.mean()) ** 2).sum())
     r_squared = 1 - float(((y - X @ coefficients) ** 2).sum()) / spread if spread > 0 else math.nan
-    return Fit(name, tuple(terms), tuple(float(c) for c in coefficients), r_squared, len(points))
+    return Fit(name, tuple(terms), tuple(float(c) for c in coefficients), r_squared, len(points), "log P50" if logarithmic else "P50")
 
 
 def _plan(
@@ -448,14 +469,16 @@ def _plan(
     chosen = tuple(sparsities) if sparsities is not None else (QUICK_SPARSITIES if quick else SPARSITIES)
     every = set(sizes) if sizes is not None else {N // 4, N // 2, N, *(() if quick else (2 * N,))}
     plan: list[tuple[int, int, int]] = []
+    for s in chosen if sparsities is not None else ():
+        if isinstance(s, bool) or not isinstance(s, int) or not 1 <= s <= N:
+            raise InvalidInput(f"sparsities must be whole numbers from 1 to N = {N}, found {s!r}: they count nonzero weights")
+    for size in every if sizes is not None else ():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 4:
+            raise InvalidInput(f"sizes must be whole numbers of at least 4, found {size!r}: they are numbers of inputs")
     for size in sorted(every | {N}, reverse=True):
-        if isinstance(size, bool) or not isinstance(size, int) or (size < 2 and sizes is not None):
-            raise InvalidInput(f"sizes must be whole numbers of at least 2, found {size!r}: they are numbers of inputs")
         for s in chosen:
-            if isinstance(s, bool) or not isinstance(s, int) or not 1 <= s <= N:
-                raise InvalidInput(f"sparsities must be whole numbers from 1 to N = {N}, found {s!r}: they count nonzero weights")
             # An explicit choice is honoured at N; at the other sizes a neuron with most weights nonzero says nothing about scaling.
-            if (size == N and (sparsities is not None or 3 * s <= N)) or (size != N and size >= 4 and 4 * s <= size):
+            if (size == N and (sparsities is not None or 3 * s <= N)) or (size != N and 4 * s <= size):
                 plan += [(size, s, trial) for trial in range(count)]
     if not any(size == N for size, _, _ in plan):
         raise InvalidInput(f"sparsities must hold at least one number, found {list(chosen)} for N = {N}: leave them out for the usual ones")
