@@ -200,3 +200,17 @@ def test_demo_runs_on_digits(workplace: Path) -> None:
     assert rows[-1]["densities"] == by_label["Net-Trim l0, cascade"]["densities"]
     assert told["certificate"]["holds"] is True
     assert (workplace / "demo" / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_reproduce_continues_and_tells(workplace: Path) -> None:
+    folder = workplace / "again" / "recovery"
+    done = nettrim(workplace, "reproduce", "recovery", "--quick", "--output", "again", "--json")
+    told = json.loads(done.stdout)
+    assert told["theorem_above"] is True
+    lines = (folder / "recovery.jsonl").read_text().splitlines()
+    (folder / "recovery.jsonl").write_text("\n".join(lines[:-5]) + "\n")  # as if it had been interrupted
+    again = json.loads(nettrim(workplace, "reproduce", "recovery", "--quick", "--output", "again", "--json").stdout)
+    assert again["transitions"] == told["transitions"]
+    assert len((folder / "recovery.jsonl").read_text().splitlines()) == len(lines)
+    assert (folder / "recovery.png").stat().st_size > 10_000

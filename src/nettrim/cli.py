@@ -17,6 +17,7 @@ from . import checkpoint, render
 from .certificate import Certificate
 from .methods import Magnitude, NetTrim
 from .methods.targets import PerLayer
+from .progress import CountBar
 from .pruning import MAX_SAMPLES, prune
 from .report import PruneReport
 from .sources import batches_from, model_from
@@ -75,6 +76,12 @@ class MethodName(StrEnum):
 
     nettrim = "nettrim"
     magnitude = "magnitude"
+
+
+class ExperimentName(StrEnum):
+    """Published experiments that can be repeated."""
+
+    recovery = "recovery"
 
 
 class DatasetName(StrEnum):
@@ -233,6 +240,33 @@ def demo_command(
         console.print(render.comparison_table(done.rows))
         _show(done.result.report, done.result.certificate, output, as_json)
     _exit_unless_met(done.result.report, done.result.certificate)
+
+
+@app.command("reproduce")
+@_told
+def reproduce_command(
+    name: Annotated[ExperimentName, typer.Argument(help="The published experiment.")],
+    output: Annotated[Path, typer.Option(help="Folder for numbers and pictures; an interrupted run there is continued.")] = Path(
+        "out/reproduce"
+    ),
+    quick: Annotated[bool, typer.Option(help="A smaller form, under two minutes on two cores.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of all trials.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Repeat a published experiment: numbers, a table and a picture."""
+    from .experiments import recovery  # scipy's linear programming is needed only here
+
+    assert name is ExperimentName.recovery  # the only one so far
+    folder = checkpoint.check_writable(output / name.value)
+    with CountBar(Console(stderr=True), silent=as_json) as bar:
+        summary = recovery.run(quick=quick, seed=seed, out=folder, progress=bar.advance)
+    if as_json:
+        _print_json(summary.to_dict())
+        return
+    console = Console()
+    console.print(recovery.table(summary))
+    for file in summary.files:
+        console.print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -109,6 +109,33 @@ class LiveBar(Silent):
             self.bar.update(self.task, description=text, detail="")
 
 
+class CountBar:
+    """A bar over counted pieces of work on a terminal; a line now and then elsewhere; nothing when ``silent``."""
+
+    def __init__(self, console: Console, *, silent: bool = False) -> None:
+        self.console, self.silent = console, silent
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+        self.bar = Progress(*columns, console=console, transient=True, disable=silent or not console.is_terminal)
+        self.task: TaskID | None = None
+        self.last = 0
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def advance(self, done: int, total: int, what: str) -> None:
+        """``done`` of ``total`` pieces are finished; ``what`` is the present one."""
+        if self.task is None:
+            self.task = self.bar.add_task("", total=total)
+        self.bar.update(self.task, completed=done, total=total, description=what)
+        if not self.silent and not self.console.is_terminal and (done == total or done >= self.last + max(1, total // 10)):
+            self.last = done
+            self.console.print(f"{done} of {total}: {what}", highlight=False, markup=False, soft_wrap=True)
+
+
 def done_line(report: LayerReport) -> str:
     """A layer's result in one line."""
     allowed = "" if report.relative_tolerance is None else f" (allowed {report.relative_tolerance:.2%})"
