@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from . import calibration as data
 from .calibration import Calibration
-from .layers import LayerView, view
+from .graph import Graph, read
+from .layers import LayerView
 from .preimage import Activation
 from .program import LayerProgram, Moments, from_rows
 from .status import InvalidInput
 
 
-class _LastCall(Exception):
-    """Ends a forward pass once the last call that is wanted has been seen."""
+class _LastCall(BaseException):
+    """Ends a forward pass once the last call that is wanted has been seen; a model's own ``except Exception`` does not stop it."""
 
 
 @dataclass
@@ -36,10 +37,19 @@ class Replica:
     device: torch.device
     dtype: torch.dtype | None
 
+    @property
+    def precision(self) -> float:
+        """The unit of rounding of its passes."""
+        if self.dtype is not None:
+            return torch.finfo(self.dtype).eps
+        return max(
+            (torch.finfo(p.dtype).eps for p in self.model.parameters() if p.is_floating_point()), default=torch.finfo(torch.float32).eps
+        )
+
     def views(self, names: Sequence[str]) -> dict[str, LayerView]:
-        """The matrix views of its layers."""
+        """The matrix views of its layers, which were checked when they were selected."""
         modules = dict(self.model.named_modules())
-        return {name: view(name, modules[name]) for name in names}
+        return {name: LayerView(name, cast(nn.Linear, modules[name])) for name in names}
 
     def run(self, batch: Any) -> Any:
         """One forward pass without gradients."""
@@ -54,15 +64,14 @@ class Replica:
         seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
         views = self.views(names)
 
-        with _hooks(self.model, names) as record:
+        def keep(name: str, x: Tensor, y: Tensor) -> None:
+            layer = views[name]
+            # copies: what comes later in the pass may change either in place (an activation with inplace=True, a residual +=)
+            seen[name].append((layer.rows(x).clone(), layer.outputs(y).clone()))
+            if expected is not None and sum(map(len, seen.values())) >= expected:
+                raise _LastCall
 
-            def keep(name: str, x: Tensor, y: Tensor) -> None:
-                layer = views[name]
-                seen[name].append((layer.rows(x), layer.outputs(y)))
-                if expected is not None and sum(map(len, seen.values())) >= expected:
-                    raise _LastCall
-
-            record.append(keep)
+        with _hooks(self.model, names, keep):
             try:
                 output = self.run(batch)
             except _LastCall:
@@ -71,32 +80,43 @@ class Replica:
 
 
 @contextmanager
-def _hooks(model: nn.Module, names: Sequence[str]) -> Iterator[list[Any]]:
-    """Forward hooks on the named layers that call the receivers in the list that is yielded; always removed."""
-    receivers: list[Any] = []
+def _hooks(model: nn.Module, names: Sequence[str], receive: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Forward hooks on the named layers that pass name, input and output on to ``receive``; always removed."""
     modules = dict(model.named_modules())
     handles = []
     try:
         for name in names:
 
             def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any, name: str = name) -> None:
-                x = inputs[0] if inputs else keywords["input"]
-                for receiver in receivers:
-                    receiver(name, x, output)
+                receive(name, inputs[0] if inputs else next(iter(keywords.values())), output)
 
             handles.append(modules[name].register_forward_hook(hook, with_kwargs=True))
-        yield receivers
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
+@contextmanager
+def random_state_kept(place: torch.device) -> Iterator[None]:
+    """Leaves torch's random state as it was: a DataLoader draws from it in every pass, shuffled or not."""
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        yield
+
+
 def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    """The device given, or that of the model's first parameter."""
-    if device is not None:
-        return torch.device(device)
+    """Where the work is done: on the device given, or on that of the model's first parameter; on the CPU when that has no float64.
+
+    Raises:
+        InvalidInput: no such device.
+    """
     first = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
+    try:
+        place = torch.device(device) if device is not None else torch.device("cpu") if first is None else first.device
+        torch.zeros(1, device=place)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InvalidInput(f"device {device!r} cannot be used here: {_first_line(error)}") from error
+    return torch.device("cpu") if place.type == "mps" else place
 
 
 def replicate(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> Replica:
@@ -104,27 +124,60 @@ def replicate(model: nn.Module, device: torch.device, dtype: torch.dtype | None)
     try:
         twin = copy.deepcopy(model)
     except Exception as error:
-        raise InvalidInput(f"the model ({type(model).__name__}) cannot be copied with copy.deepcopy: {error}") from error
+        raise InvalidInput(
+            f"the model ({type(model).__name__}) cannot be copied with copy.deepcopy ({_first_line(error)}); detach or remove tensors that "
+            "it keeps from earlier passes, and make wrapped weights plain (torch.nn.utils.prune.remove, remove_weight_norm)"
+        ) from error
     twin = twin.to(device).eval()
     return Replica(twin.double() if dtype == torch.float64 else twin, device, dtype)
 
 
 def reference_replica(model: nn.Module, device: torch.device, first_batch: Any) -> tuple[Replica, str]:
-    """The reference network in float64, or in its own dtype when it does not run in float64; with a notice in that case."""
+    """The reference network in float64, or in its own dtype when it does not run in float64; with a notice in that case.
+
+    Raises:
+        InvalidInput: the model does not run on the batch, puts out nothing that can be compared, or is not deterministic.
+    """
     native = replicate(model, device, None)
     try:
-        native.run(first_batch)
+        output = native.run(first_batch)
     except Exception as error:
-        raise InvalidInput(f"the model cannot run on the first batch of the calibration data: {error}") from error
-    if device.type == "mps":
-        return native, "the device has no float64: calibration passes ran in the model's own dtype"
-    wide = replicate(model, device, torch.float64)
+        raise InvalidInput(f"the model cannot run on the first batch of the calibration data: {_first_line(error)}") from error
+    data.output_tensors(output)
+    wide, notice = replicate(model, device, torch.float64), ""
     try:
-        wide.run(first_batch)
+        output = wide.run(first_batch)
     except Exception as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return native, f"the model does not run in float64 ({cause}): calibration passes ran in its own dtype"
-    return wide, ""
+        wide = native
+        notice = f"the model does not run in float64 ({_first_line(error)}): calibration passes ran in its own dtype"
+    if not _same_output(output, wide.run(first_batch), wide.precision):
+        raise InvalidInput(
+            "the model gives two different outputs for one batch in eval mode; what is guaranteed needs a model without randomness "
+            "or memory: take out sampling, dropout with training=True and counters"
+        )
+    return wide, notice
+
+
+def _same_output(before: Any, after: Any, precision: float) -> bool:
+    """Whether two outputs agree up to rounding; NaN and inf, refused elsewhere, agree with themselves."""
+    first, second = data.output_tensors(before), data.output_tensors(after)
+    return first.keys() == second.keys() and all(
+        Y.shape == second[key].shape
+        and torch.allclose(second[key], Y, rtol=0.0, atol=1e4 * precision * float(Y.abs().nan_to_num(0, 0).max()), equal_nan=True)
+        for key, Y in first.items()
+        if Y.numel()
+    )
+
+
+def read_graph(reference: Replica, names: Sequence[str], stated: Mapping[str, Activation], batch: Any) -> Graph:
+    """Reads the reference network's graph for calls like that of ``batch``, and checks on it that the graph computes the same."""
+    inputs = data.inputs_of(batch)
+
+    def agrees(module: nn.Module) -> bool:
+        traced = Replica(module, reference.device, reference.dtype)
+        return _same_output(reference.run(batch), traced.run(batch), reference.precision)
+
+    return read(reference.model, names, stated, given=list(inputs) if isinstance(inputs, Mapping) else None, agrees=agrees)
 
 
 @dataclass
@@ -140,25 +193,29 @@ class Scan:
 
 
 def scan(reference: Replica, names: Sequence[str], batches: Calibration) -> Scan:
-    """The first pass: refuses bad batches and NaN or inf inside the network, counts rows, hashes the data."""
+    """The first pass: refuses NaN or inf inside the network and layers that do not compute ``x W + b``, counts rows, hashes the data."""
     result = Scan()
     digest = hashlib.sha256()
     for number, batch in enumerate(batches, 1):
-        data.check_batch(batch, number, batches.what)
         data.update_hash(digest, batch)
         try:
             seen, output = reference.calls(batch, names)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise InvalidInput(f"{batches.what}: the model cannot run on batch {number}: {error}") from error
+            raise InvalidInput(f"{batches.what}: the model cannot run on batch {number}: {_first_line(error)}") from error
         for name, calls in seen.items():
             for x, y in calls:
                 if not bool(torch.isfinite(y).all()):
-                    raise InvalidInput(f"{batches.what}: batch {number} makes layer {name!r} put out NaN or inf; check its weights and the data")
+                    raise InvalidInput(
+                        f"{batches.what}: batch {number} makes layer {name!r} put out NaN or inf; check its weights and the data"
+                    )
                 result.rows[name] = result.rows.get(name, 0) + len(x)
             if calls:
+                if name not in result.calls:
+                    _check_affine(reference.views([name])[name], *calls[0], reference.precision)
                 result.calls[name] = max(result.calls.get(name, 0), len(calls))
-        if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
-            raise InvalidInput(f"{batches.what}: the network puts out NaN or inf on batch {number}")
+        for value in data.output_tensors(output).values():
+            if not bool(torch.isfinite(value).all()):
+                raise InvalidInput(f"{batches.what}: the network puts out NaN or inf on batch {number}; check its weights and the data")
         if number == 1:
             result.order = _first_calls(reference, batch, [name for name, calls in seen.items() if calls])
             result.sample_shape = data.sample_shape(batch)
@@ -168,11 +225,26 @@ def scan(reference: Replica, names: Sequence[str], batches: Calibration) -> Scan
     return result
 
 
+def _check_affine(layer: LayerView, x: Tensor, y: Tensor, precision: float) -> None:
+    """Refuses a layer whose output is not its input times its weight plus bias (a subclass with its own forward, a hook)."""
+    b = layer.bias()
+    own = x.double() @ layer.weights().double() + (0.0 if b is None else b.double())
+    size = (x.double().abs() @ layer.weights().double().abs()).max() + (0.0 if b is None else b.double().abs().max())
+    if float((own - y.double()).abs().max()) > 1e3 * precision * float(size):
+        raise InvalidInput(
+            f"layer {layer.name!r} ({layer.kind}) does not put out its input times its weight plus its bias: a forward of its own, or a "
+            f"hook, changes that; merge or remove it, or pass ignore=[{layer.name!r}]"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _first_calls(replica: Replica, batch: Any, names: Sequence[str]) -> list[str]:
     """The names in the order of their first calls."""
     order: list[str] = []
-    with _hooks(replica.model, names) as receivers:
-        receivers.append(lambda name, x, y: order.append(name))
+    with _hooks(replica.model, names, lambda name, x, y: order.append(name)):
         replica.run(batch)
     return list(dict.fromkeys(order))
 
@@ -183,7 +255,9 @@ class Selection:
     def __init__(self, total: int, limit: int, seed: int) -> None:
         self.total, self.count = total, min(total, limit)
         self.everything = total <= limit
-        chosen = np.arange(0) if self.everything else np.random.default_rng([seed, total]).choice(total, limit, replace=False, shuffle=False)
+        chosen = (
+            np.arange(0) if self.everything else np.random.default_rng([seed, total]).choice(total, limit, replace=False, shuffle=False)
+        )
         self.chosen = np.sort(chosen)
 
     def within(self, start: int, length: int) -> Tensor | slice:
@@ -227,7 +301,7 @@ def layer_program(
     for batch in batches:
         expected = reference.calls(batch, [name], found.calls[name])[0][name]
         given = expected if pruned is None else source.calls(batch, [name], found.calls[name])[0][name]
-        for (_, z), (x, own) in zip(expected, given, strict=True):
+        for (_, z), (x, own) in paired(name, expected, given):
             Y = activation.apply(z.double())
             if pruned is not None and correction < 1:
                 Y = torch.lerp(activation.apply(own.double()), Y, correction)
@@ -245,6 +319,22 @@ def layer_program(
         return moments.program()
     assert kept_inputs is not None and kept_reference is not None
     return from_rows(kept_inputs, kept_reference, activation, W, b, dtype=dtype)
+
+
+def paired(
+    name: str, before: Sequence[tuple[Tensor, Tensor]], after: Sequence[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    """The calls of a layer in the reference and in the pruned network, one by one.
+
+    Raises:
+        InvalidInput: the two networks call the layer a different number of times or with different rows.
+    """
+    if [x.shape for x, _ in before] != [x.shape for x, _ in after]:
+        raise InvalidInput(
+            f"layer {name!r} sees other rows in the pruned network than in the reference network, since the model chooses by its data what "
+            f"goes where; they cannot be compared: pass ignore=[{name!r}]"
+        )
+    return zip(before, after, strict=True)
 
 
 def hashes(model: nn.Module) -> str:

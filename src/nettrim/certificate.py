@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .duality import DualPoint, relative_gap
 from .preimage import Activation, nearest_point
+from .records import build, items
 from .status import InvalidInput
 
 ROUNDING = 1e-9  # relative allowance for the order of summation in float64
@@ -19,13 +20,16 @@ ROUNDING = 1e-9  # relative allowance for the order of summation in float64
 
 @dataclass(frozen=True)
 class LayerCertificate:
-    """The guarantee of one layer on the calibration rows that its program used.
+    """The guarantee of one layer on the calibration rows.
 
-    ``distance`` is ``dist(A W + 1 b^T, S(Y))`` and ``discrepancy`` is ``||X_hat - X||_F`` of the layer's output inside
-    the two networks, both in float64 from the stored weights. ``bound`` is the proven upper bound of that discrepancy
-    (``None`` where the network's structure gives none; ``reason`` says why). ``gap`` is the relative duality gap of the l1
-    program of kind ``gap_kind`` (``"epsilon"``, ``"penalty"`` or ``""`` for none) at ``gap_level`` (absolute): at most that share of the stored weights'
-    objective can be above the smallest possible. ``original_distance`` is the distance of the unpruned weights on the same inputs.
+    ``distance`` is ``dist(A W + 1 b^T, S(Y))`` on the ``rows`` rows that the layer's program used, ``distance_all_rows`` the same on all
+    ``rows_total``; ``tolerance`` is what ``distance`` must meet. ``discrepancy`` is ``||X_hat - X||_F`` of the layer's output inside
+    the two networks, on all rows. All are in float64 from the stored weights. ``bound`` is the proven upper bound of ``discrepancy``
+    (``None`` where the network's structure gives none; ``reason`` says why). ``source`` says where ``activation`` comes from: ``"graph"``,
+    ``"stated"`` by the user, ``"stated against the graph"``, or ``"not seen"`` (matched linearly). ``gap`` is the relative duality gap
+    of the l1 program of kind ``gap_kind`` (``"epsilon"``, ``"penalty"`` or ``""`` for none) at ``gap_level`` (absolute): at most that
+    share of the stored weights' objective can be above the smallest possible. ``original_distance`` is the distance of the unpruned
+    weights on the same inputs.
     """
 
     name: str
@@ -44,6 +48,7 @@ class LayerCertificate:
     holds: bool
     gap_level: float = 0.0
     original_distance: float = 0.0
+    source: str = "graph"
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class HeldOutCertificate:
 
     They hold for inputs drawn like the held-out samples: ``class_change_bound`` is an upper bound on the probability that
     the predicted class changes, ``exceed_bound`` on the probability that the relative discrepancy of the output exceeds ``level``.
+    ``overlap`` counts held-out samples that are calibration samples as well; they must be chance repetitions for the bounds to hold.
     """
 
     samples: int
@@ -81,6 +87,7 @@ class HeldOutCertificate:
     exceed_bound: float
     accuracy_before: float | None
     accuracy_after: float | None
+    overlap: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,26 +114,36 @@ class Certificate:
         return all(layer.holds for layer in self.layers) and self.network.holds
 
     def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data for JSON, ``holds`` included."""
         data = asdict(self)
-        data["layers"] = [asdict(layer) for layer in self.layers]
+        data["layers"] = list(data["layers"])
         data["holds"] = self.holds
         return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Certificate:
-        fields = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
-        fields["layers"] = tuple(LayerCertificate(**layer) for layer in data["layers"])
-        fields["network"] = NetworkCertificate(**data["network"])
+        """The certificate of a dict made by ``to_dict``.
+
+        Raises:
+            InvalidInput: fields are missing, of another type, or not finite.
+        """
         heldout = data.get("heldout")
-        fields["heldout"] = HeldOutCertificate(**heldout) if heldout else None
-        return cls(**fields)
+        return build(
+            cls,
+            data,
+            versions=dict(data.get("versions", {})),
+            layers=tuple(build(LayerCertificate, layer) for layer in items(data, "layers")),
+            network=build(NetworkCertificate, data.get("network")),
+            heldout=None if heldout is None else build(HeldOutCertificate, heldout),
+        )
 
 
 class LayerTally:
     """Recomputes one layer's numbers batch by batch in float64; memory does not grow with the number of rows.
 
-    ``W`` (N, M) and ``b`` (M,) are the stored weights. ``gap_kind`` is ``"epsilon"``, ``"penalty"`` or ``""``; with a gap, ``gap_level`` is the absolute
-    tolerance or the penalty that the l1 program was solved for. ``original`` are the unpruned weights, whose distance is then measured too.
+    ``W`` (N, M) and ``b`` (M,) are the stored weights. ``gap_kind`` is ``"epsilon"``, ``"penalty"`` or ``""``; with a gap, ``gap_level`` is
+    the absolute tolerance or the penalty that the l1 program was solved for. ``original`` are the unpruned weights, whose distance is
+    then measured too.
     """
 
     def __init__(
@@ -142,7 +159,7 @@ class LayerTally:
         self.original = original
         self.original_distance = 0.0
         self.gap_kind, self.gap_level = gap_kind, gap_level
-        self.dual = DualPoint(*W.shape, b is not None, W.device) if gap_kind else None
+        self.dual = DualPoint(W.shape[0], W.shape[1], b is not None, W.device) if gap_kind else None
         self.rows = self.rows_total = 0
         self.reference = self.reference_all = self.distance = self.distance_all = self.discrepancy = 0.0
 
@@ -182,13 +199,18 @@ class LayerTally:
             return relative_gap(norm, self.dual.constrained(self.gap_level))
         return relative_gap(self.distance / 2 + self.gap_level * norm, self.dual.penalised(self.gap_level))
 
-    def certificate(self, name: str, tolerance: float | None, bound: float | None, reason: str) -> LayerCertificate:
-        """The layer's certificate, given the absolute tolerance it must meet and the proven bound of its discrepancy."""
+    def certificate(
+        self, name: str, tolerance: float | None, bound: float | None, reason: str, source: str = "graph", rounding: float = ROUNDING
+    ) -> LayerCertificate:
+        """The layer's certificate, given the absolute tolerance it must meet and the proven bound of its discrepancy.
+
+        ``rounding`` is the relative allowance for the arithmetic of the passes that gave the inputs and responses.
+        """
         distance, discrepancy = math.sqrt(self.distance), math.sqrt(self.discrepancy)
-        floor = ROUNDING * max(math.sqrt(self.reference_all), 1e-30)
-        holds = tolerance is None or distance <= tolerance * (1 + ROUNDING) + floor
+        # a nan is never within anything
+        holds = tolerance is None or distance <= tolerance * (1 + rounding) + rounding * math.sqrt(self.reference)
         if bound is not None:
-            holds = holds and discrepancy <= bound * (1 + ROUNDING) + floor
+            holds = holds and discrepancy <= bound * (1 + rounding) + rounding * math.sqrt(self.reference_all)
         return LayerCertificate(
             name=name,
             activation=self.activation.name,
@@ -206,6 +228,7 @@ class LayerTally:
             holds=holds,
             gap_level=self.gap_level,
             original_distance=math.sqrt(self.original_distance),
+            source=source,
         )
 
 
@@ -226,7 +249,9 @@ def entry_norm(W: Tensor) -> float:
 
 
 def clopper_pearson_upper(events: int, samples: int, confidence: float) -> float:
-    """Exact binomial upper bound, at ``confidence``, on the probability of an event seen ``events`` times in ``samples`` (docs/theory.md, 5.1).
+    """Exact binomial upper bound, at ``confidence``, on the probability of an event seen ``events`` times in ``samples``.
+
+    Clopper and Pearson (1934): docs/theory.md, (5.1).
 
     Raises:
         InvalidInput: ``confidence`` outside (0, 1), or ``events`` outside [0, samples], or no samples.

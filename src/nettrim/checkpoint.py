@@ -6,9 +6,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -37,7 +37,9 @@ def check_writable(folder: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise InvalidInput(f"output folder {path}: it must be a folder that can be written to ({error.strerror or error}); choose another") from error
+        raise InvalidInput(
+            f"output folder {path}: it must be a folder that can be written to ({error.strerror or error}); choose another"
+        ) from error
     return path
 
 
@@ -46,7 +48,9 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
     state = {}
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):
-            raise InvalidInput(f"state_dict entry {key!r} is a {type(value).__name__}; safetensors holds tensors only: use torch.save for this model")
+            raise InvalidInput(
+                f"state_dict entry {key!r} is a {type(value).__name__}; safetensors holds tensors only: use torch.save for this model"
+            )
         state[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     return state
 
@@ -65,27 +69,55 @@ def save(result: PruneResult, folder: str | Path, comparison: Any = ()) -> Path:
         _write_json(staging / REPORT, result.report.to_dict())
         _write_json(staging / CERTIFICATE, result.certificate.to_dict())
         (staging / PAGE).write_text(page, encoding="utf-8")
-        for name in (MODEL, REPORT, CERTIFICATE, PAGE):
-            os.replace(staging / name, path / name)
+        _replace_all(staging, path, (MODEL, REPORT, CERTIFICATE, PAGE))
+    except (OSError, SafetensorError) as error:
+        raise InvalidInput(f"output folder {path}: the result could not be written ({error}); earlier files are as they were") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return path
+
+
+def _replace_all(staging: Path, path: Path, names: Sequence[str]) -> None:
+    """Moves the files into ``path``; when that is interrupted, those that were there before are put back."""
+    earlier = staging / "earlier"
+    earlier.mkdir()
+    done: list[str] = []
+    try:
+        for name in names:
+            done.append(name)
+            if (path / name).exists():
+                os.replace(path / name, earlier / name)
+            os.replace(staging / name, path / name)
+    except BaseException:
+        for name in done:
+            if (earlier / name).exists():
+                os.replace(earlier / name, path / name)
+            elif not (staging / name).exists():  # it was moved, and nothing stood there before
+                (path / name).unlink(missing_ok=True)
+        raise
 
 
 def load(folder: str | Path, into: nn.Module) -> nn.Module:
     """Loads pruned weights from a saved folder (or a safetensors file) into ``into``, in place, and returns it.
 
     Raises:
-        InvalidInput: the file is missing or damaged, or names or shapes do not fit; nothing is written in that case.
+        InvalidInput: the file is missing or damaged, or names, shapes or dtypes do not fit; nothing is written in that case.
     """
     path = Path(folder)
-    load_state(into, read_weights(path / MODEL if path.is_dir() else path), str(path))
+    state, own = read_weights(path / MODEL if path.is_dir() else path), into.state_dict()
+    for key, value in state.items():
+        if key in own and torch.promote_types(own[key].dtype, value.dtype) != own[key].dtype:
+            raise InvalidInput(
+                f"weights {path}: {key} is stored in {value.dtype}, the model holds it in {own[key].dtype}, which would round it away "
+                f"from what is certified; convert the model first with .to({value.dtype})"
+            )
+    load_state(into, state, str(path))
     return into
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Loads a state dict after checking every name and shape."""
-    own = model.state_dict()
+    own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or extra:
         raise InvalidInput(
@@ -93,6 +125,10 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
             + "; ".join(f"{label} {', '.join(keys[:5])}" for label, keys in (("missing", missing), ("not in the model", extra)) if keys)
         )
     for key, value in state.items():
+        if own[key].is_meta:
+            raise InvalidInput(
+                f"weights {origin}: the model's {key} is on the meta device; give it storage first with .to_empty(device=...)"
+            )
         if tuple(value.shape) != tuple(own[key].shape):
             raise InvalidInput(f"weights {origin} do not fit the model: {key} must be {tuple(own[key].shape)}, found {tuple(value.shape)}")
     model.load_state_dict(dict(state))
@@ -109,20 +145,60 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise InvalidInput(f"weights file {path}: it cannot be read ({error})") from error
     except Exception as error:  # torch.load raises pickle errors of several kinds for what is not a plain state dict
-        raise InvalidInput(f"weights file {path}: it is not a plain state dict ({type(error).__name__}); save model.state_dict()") from error
+        raise InvalidInput(
+            f"weights file {path}: it is not a plain state dict ({type(error).__name__}); save model.state_dict()"
+        ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InvalidInput(f"weights file {path}: it must hold a state dict of tensors; save model.state_dict()")
     return dict(state)
 
 
 def read_report(folder: str | Path) -> PruneReport:
-    """The report of a saved folder."""
-    return PruneReport.from_dict(_read_json(Path(folder) / REPORT))
+    """The report of a saved folder.
+
+    Raises:
+        InvalidInput: there is none, or it is damaged.
+    """
+    return _parsed(Path(folder) / REPORT, PruneReport.from_dict)
 
 
 def read_certificate(folder: str | Path) -> Certificate:
-    """The certificate of a saved folder."""
-    return Certificate.from_dict(_read_json(Path(folder) / CERTIFICATE))
+    """The certificate of a saved folder.
+
+    Raises:
+        InvalidInput: there is none, or it is damaged.
+    """
+    return _parsed(Path(folder) / CERTIFICATE, Certificate.from_dict)
+
+
+def contradictions(folder: str | Path) -> list[str]:
+    """Entries of the two JSON files that do not follow from their other entries (``holds``, ``density`` and the like)."""
+    found = []
+    for name, made in ((REPORT, read_report(folder)), (CERTIFICATE, read_certificate(folder))):
+        raw = _read_json(Path(folder) / name)
+        written = json.loads(json.dumps(made.to_dict()))
+        found += [f"{name}: {place} does not follow from the other entries" for place in _unequal(raw, written)]
+    return found
+
+
+def _unequal(raw: Any, made: Any, place: str = "") -> list[str]:
+    """Where two JSON values differ; entries that only one of them has do not count."""
+    if isinstance(raw, dict) and isinstance(made, dict):
+        return [text for key in raw if key in made for text in _unequal(raw[key], made[key], f"{place}.{key}" if place else key)]
+    if isinstance(raw, list) and isinstance(made, list) and len(raw) == len(made):
+        return [text for i, (a, b) in enumerate(zip(raw, made, strict=True)) for text in _unequal(a, b, f"{place}[{i}]")]
+    return [] if raw == made else [place]
+
+
+T = TypeVar("T")
+
+
+def _parsed(path: Path, make: Callable[[dict[str, Any]], T]) -> T:
+    data = _read_json(path)
+    try:
+        return make(data)
+    except (InvalidInput, TypeError, ValueError) as error:
+        raise InvalidInput(f"{path}: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -130,7 +206,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidInput(f"{path}: it cannot be read ({error.strerror}); give a folder that result.save wrote") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{path}: it is not valid JSON ({error}); the file is damaged") from error
     if not isinstance(data, dict):
         raise InvalidInput(f"{path}: it must hold a JSON object; the file is damaged")

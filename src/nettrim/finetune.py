@@ -57,5 +57,7 @@ def keep_zeros(model: nn.Module, optimizer: torch.optim.Optimizer) -> ZeroKeeper
     if not masks:
         raise InvalidInput("keep_zeros: the model has no zero weights; prune it first")
     if not any(id(parameter) in held for parameter, _ in masks.values()):
-        raise InvalidInput("keep_zeros: the optimizer holds none of this model's pruned weights; make it from the pruned model's parameters")
+        raise InvalidInput(
+            "keep_zeros: the optimizer holds none of this model's pruned weights; make it from the pruned model's parameters"
+        )
     return ZeroKeeper(masks, optimizer)

@@ -61,7 +61,7 @@ class Graph:
 
 
 def _softplus(threshold: float, beta: float) -> Activation:
-    """Softplus jumps by ``log(1 + exp(-threshold)) / beta`` to the identity: below rounding at the default threshold of 20, not below it."""
+    """Softplus jumps to the identity at its threshold: by less than float32 resolves at the default of 20, by more at smaller ones."""
     return preimage.named("softplus") if threshold >= 20 and beta > 0 else Activation("softplus", exact=False, lipschitz=None)
 
 
@@ -145,6 +145,8 @@ def read(
     """
     stated = stated or {}
     names = list(names)
+    if "" in names:  # the model is itself the layer
+        return Graph({"": Reading(IDENTITY, "it is the network's output")}, Chain((Step(""),)))
     try:
         traced = _trace(model, given)
         if agrees is not None and not agrees(fx.GraphModule(model, traced)):
@@ -165,9 +167,10 @@ def read(
         reading, nodes = _read_layer(name, calls.get(name, []), modules)
         if name in stated:
             reading = _state(reading, stated[name])
-            if reading.source == "stated against the graph" and not reading.activation.is_point:
-                contradicted.add(name)
-                nodes = []
+            if reading.source == "stated against the graph":
+                nodes = []  # what really follows is still to be counted
+                if not reading.activation.is_point:  # a point box matches the pre-activation, which is sound whatever follows
+                    contradicted.add(name)
         if reading.activation.exact:
             consumed.update(nodes)
         readings[name] = reading
@@ -228,6 +231,13 @@ def _follow(node: Node, modules: Mapping[str, nn.Module]) -> tuple[Activation, s
 
 def activation_of(node: Node, modules: Mapping[str, nn.Module]) -> Activation | None:
     """The activation that a graph node computes from its first argument, or ``None``."""
+    try:
+        return _activation_of(node, modules)
+    except (TypeError, ValueError):  # a parameter that is computed in the graph, or one that the activation does not allow
+        return None
+
+
+def _activation_of(node: Node, modules: Mapping[str, nn.Module]) -> Activation | None:
     if node.op == "call_module":
         module = modules[str(node.target)]
         make = _MODULES.get(type(module))
@@ -312,7 +322,7 @@ def _chain(graph: fx.Graph, modules: Mapping[str, nn.Module], layers: set[str], 
         if name and _hooked(modules[name]):
             return Chain(tuple(steps), f"{_label(node, modules)} has hooks, whose effect is not known")
         # a layer that is not pruned counts only when it is known to compute x W + b; those that are pruned were checked on data
-        if name in layers or type(modules.get(name)) is nn.Linear:
+        if name and (name in layers or type(modules[name]) is nn.Linear):
             if name in seen:
                 return Chain(tuple(steps), f"layer {name!r} is called more than once")
             if name in contradicted:

@@ -10,7 +10,6 @@ from torch.nn.parameter import is_lazy
 
 from .status import InvalidInput
 
-
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 

@@ -80,7 +80,10 @@ def clamp(low: float, high: float, name: str = "hardtanh") -> Activation:
     """``s(z) = min(max(z, low), high)``: ReLU6 is ``clamp(0, 6)``, Hardtanh ``clamp(-1, 1)``."""
     if not low < high:
         raise InvalidInput(f"activation {name}: low must be below high, found low={low}, high={high}")
-    label = name if name == "relu6" else f"{name}({float(low)!r}, {float(high)!r})"
+    if name == "relu6" and (low, high) == (0.0, 6.0):
+        label = name
+    else:  # a name that `named` can read back
+        label = f"{name if name in ('hardtanh', 'clamp') else 'clamp'}({float(low)!r}, {float(high)!r})"
     return Activation(label, low=float(low), high=float(high))
 
 

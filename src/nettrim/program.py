@@ -41,19 +41,30 @@ class LayerProgram:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
+        if self.inputs.ndim != 2 or self.weights.ndim != 2:
+            raise InvalidInput(
+                f"layer program: inputs and weights must be matrices, found {tuple(self.inputs.shape)} and {tuple(self.weights.shape)}"
+            )
         P, N = self.inputs.shape
+        M = self.weights.shape[1]
         if self.weights.shape[0] != N:
             raise InvalidInput(f"layer program: weights must have {N} rows (the inputs' columns), found {tuple(self.weights.shape)}")
-        if self.lo.shape != (P, self.weights.shape[1]) or self.hi.shape != self.lo.shape:
-            raise InvalidInput(
-                f"layer program: boxes must be {(P, self.weights.shape[1])}, found {tuple(self.lo.shape)} and {tuple(self.hi.shape)}"
-            )
+        if self.lo.shape != (P, M) or self.hi.shape != self.lo.shape:
+            raise InvalidInput(f"layer program: boxes must be {(P, M)}, found {tuple(self.lo.shape)} and {tuple(self.hi.shape)}")
         if (self.bias is None) != (self.bias_column is None):
             raise InvalidInput("layer program: a bias needs a bias column and a bias column a bias")
+        if self.bias is not None and self.bias_column is not None and (self.bias.shape != (M,) or self.bias_column.shape != (P,)):
+            raise InvalidInput(
+                f"layer program: the bias must be {(M,)} and its column {(P,)}, "
+                f"found {tuple(self.bias.shape)} and {tuple(self.bias_column.shape)}"
+            )
         if not bool(torch.isfinite(self.inputs).all()):
             raise InvalidInput("layer program: the inputs hold NaN or inf; remove those samples from the calibration data")
-        if bool((self.lo > self.hi).any()) or bool(torch.isnan(self.lo).any()) or bool(torch.isnan(self.hi).any()):
-            raise InvalidInput("layer program: every box needs lo <= hi and no NaN")
+        if not bool(torch.isfinite(self.weights).all()) or (self.bias is not None and not bool(torch.isfinite(self.bias).all())):
+            raise InvalidInput("layer program: the layer's weights or bias hold NaN or inf; there is nothing to prune towards")
+        # written so that NaN fails too
+        if not bool(((self.lo <= self.hi) & (self.lo < math.inf) & (self.hi > -math.inf)).all()):
+            raise InvalidInput("layer program: every box needs lo <= hi, lo < inf, hi > -inf and no NaN; are the reference outputs finite?")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -101,6 +112,8 @@ def from_rows(
     Y = reference.double()
     lo, hi = activation.box(Y)
     if offset is not None:
+        if offset.shape != Y.shape:
+            raise InvalidInput(f"layer program: the offset must be {tuple(Y.shape)} like the reference output, found {tuple(offset.shape)}")
         lo, hi = lo - offset.double(), hi - offset.double()
     A = inputs.double()
     return LayerProgram(
@@ -155,6 +168,10 @@ class Moments:
         """The equivalent program with at most ``N + 1`` rows (docs/theory.md, compressed form)."""
         if not self.rows:
             raise InvalidInput("layer program: no rows were seen; the calibration data are empty")
+        if not bool(torch.isfinite(self.gram).all()) or not bool(torch.isfinite(self.cross).all()):
+            raise InvalidInput(
+                "layer program: the inputs or reference outputs hold NaN or inf; remove those samples from the calibration data"
+            )
         gram, cross, error_square = self.gram, self.cross, self.error_square
         if self.bias is not None:
             mean = self.input_sum / self.rows
@@ -198,8 +215,9 @@ class Moments:
 class StandardProgram:
     """The same program as the solvers see it: bias eliminated, inputs scaled to unit norm, dead inputs left out, in ``dtype``.
 
-    ``A`` (P, n) has unit columns, orthogonal to ``e``; ``U = scale * W`` on the live inputs; ``Z = A U + e c^T``. ``values`` and
-    ``vectors`` are the eigendecomposition of the Gram matrix ``A^T A``, which serves every penalty value.
+    ``A`` (P, n) has columns orthogonal to ``e``, of unit norm on average (each of them when ``standardise`` had ``power`` 1);
+    ``U = scale * W`` on the live inputs; ``Z = A U + e c^T``. ``values`` and ``vectors`` are the eigendecomposition of the Gram matrix
+    ``A^T A``, which serves every penalty value.
     """
 
     A: Tensor
@@ -277,10 +295,12 @@ def dead_inputs(program: LayerProgram) -> int:
     return int((~_live(torch.linalg.vector_norm(A, dim=0), norm)).sum())
 
 
-def standardise(program: LayerProgram, dtype: torch.dtype | None = None) -> StandardProgram:
+def standardise(program: LayerProgram, dtype: torch.dtype | None = None, *, power: float = 1.0) -> StandardProgram:
     """Eliminates the bias, scales the inputs, removes the dead ones and decomposes the Gram matrix (design section 3).
 
-    ``dtype`` is the working dtype: by default float64 for float64 layers and float32 otherwise.
+    ``dtype`` is the working dtype: by default float64 for float64 layers and float32 otherwise. Inputs are divided by their norm to
+    the ``power`` (and by a common factor that makes the mean square norm 1). The solutions are the same for every power in exact
+    arithmetic; 1 suits budgets, where entries of different inputs are compared, and 1/2 makes the l1 solver need fewer iterations.
     """
     dtype = dtype or (torch.float64 if program.dtype == torch.float64 else torch.float32)
     A, e = program.inputs, program.bias_column
@@ -293,6 +313,11 @@ def standardise(program: LayerProgram, dtype: torch.dtype | None = None) -> Stan
     scale = torch.linalg.vector_norm(A, dim=0)
     live = _live(scale, norm)
     scale = scale[live]
+    if len(scale) and power != 1.0:
+        largest = scale.max()
+        relative = scale / largest
+        scale = relative**power
+        scale = scale * (largest * (relative / scale).square().mean().sqrt())
     A = A[:, live] / scale
     gram = A.T @ A
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2) if len(scale) else (scale, gram)

@@ -16,9 +16,20 @@ from torch import nn
 
 from . import preimage, schemes
 from .calibration import Batches, Calibration
-from .capture import Replica, Scan, device_of, hashes, layer_program, reference_replica, replicate, scan
+from .capture import (
+    Replica,
+    Scan,
+    device_of,
+    hashes,
+    layer_program,
+    random_state_kept,
+    read_graph,
+    reference_replica,
+    replicate,
+    scan,
+)
 from .certificate import Certificate
-from .graph import Graph, read
+from .graph import Graph
 from .layers import LayerView, view
 from .methods import Method
 from .methods.targets import lookup
@@ -28,8 +39,8 @@ from .progress import Observer, observer
 from .report import LayerReport, PruneReport
 from .selection import resolve, select
 from .solution import Solution
-from .status import InvalidInput, NothingToPrune
-from .verification import Claim, Setup, certify, certify_heldout
+from .status import InvalidInput, NothingToPrune, Status
+from .verification import Claim, Setup, certify, certify_heldout, check_heldout
 
 MAX_SAMPLES = 20_000
 
@@ -79,13 +90,14 @@ def prune(
         scheme: ``"parallel"`` (every layer sees the reference network's inputs) or ``"cascade"`` (the pruned network's).
         layers: names of layers, names of modules that contain them, or ``re:pattern``; by default every Linear layer.
         ignore: the same, to leave out.
-        activations: by layer name, the activation that follows (``"relu"``, ``"hardtanh(-1, 1)"``, ...), where the model's graph does not show it.
+        activations: by layer name, the activation that follows (``"relu"``, ``"hardtanh(-1, 1)"``, ...), where the model's graph does not
+            show it.
         heldout: batches that the certificate's statement about unseen inputs is made from; with labels, accuracy too.
         max_samples: most rows kept for a layer whose activation's preimages are boxes; chosen with ``seed``. One layer at a time is held,
-            at about 12 bytes * max_samples * (N + 3 M), besides 32 bytes * N^2 for its Gram matrix. Layers that are matched linearly use every
-            row and keep none.
+            at about 12 bytes * max_samples * (N + 3 M), besides 32 bytes * N^2 for its Gram matrix. Layers that are matched linearly
+            use every row and keep none.
         seed: chooses the rows where there are more than ``max_samples``.
-        device: where the work is done; by default where the model is.
+        device: where the work is done; by default where the model is (on the CPU when that has no float64).
         progress: ``True`` shows a live bar on a terminal and plain lines elsewhere (standard error).
 
     Returns:
@@ -99,10 +111,12 @@ def prune(
         raise InvalidInput(f"scheme must be 'cascade' or 'parallel', found {scheme!r}")
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"model must be an nn.Module, found {type(model).__name__}")
-    if not callable(getattr(method, "solve", None)):
+    if isinstance(method, type) or not callable(getattr(method, "solve", None)):
         raise InvalidInput(f"method must be a pruning method such as nettrim.NetTrim(epsilon=0.02), found {method!r}")
-    if max_samples < 1:
-        raise InvalidInput(f"max_samples must be at least 1, found {max_samples}")
+    if isinstance(max_samples, bool) or not isinstance(max_samples, int) or max_samples < 1:
+        raise InvalidInput(f"max_samples must be a whole number of at least 1, found {max_samples!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InvalidInput(f"seed must be a whole number of at least 0, found {seed!r}")
     names = select(model, layers, ignore)
     if isinstance(method.targets, Mapping):
         resolve(method.targets, names, type(method).__name__ + f".{method.kind}")
@@ -110,21 +124,22 @@ def prune(
     batches = Calibration(calibration)
     unseen = None if heldout is None else Calibration(heldout, "heldout")
     place = device_of(model, device)
-    with observer(progress) as show:
+    with observer(progress) as show, random_state_kept(place):
         show.message("reading the calibration data")
         first = next(iter(batches))
         reference, notice = reference_replica(model, place, first)
         found = scan(reference, names, batches)
+        if unseen is not None:
+            check_heldout(reference, unseen, batches)
         names, notes = _called(names, found, layers)
-        graph = read(reference.model, names, stated)
+        graph = read_graph(reference, names, stated, first)
         notes = [*([notice] if notice else []), *([graph.notice] if graph.notice else []), *notes]
         run = _Run(model, method, scheme, batches, found, graph, reference, max_samples, seed, show)
         run.solve([name for name in names if method.target(name) is not None])
         show.message("certifying")
         certificate = run.certify(notice)
         if unseen is not None:
-            statement = certify_heldout(reference, run.pruned, unseen, calibration_hash=found.data_hash)
-            certificate = replace(certificate, heldout=statement)
+            certificate = replace(certificate, heldout=certify_heldout(reference, run.pruned, unseen, batches))
     notes += [f"{name}: no {method.kind} was given for it; left as it is" for name in names if method.target(name) is None]
     report = PruneReport(
         method=method.describe(),
@@ -160,6 +175,7 @@ class _Run:
         self.max_samples, self.seed, self.show = max_samples, seed, show
         self.original = model
         self.result = copy.deepcopy(model)
+        self.result.zero_grad(set_to_none=True)  # gradients of the unpruned weights say nothing about the pruned ones
         self.pruned = replicate(model, reference.device, reference.dtype)
         self.reports: list[LayerReport] = []
         self.claims: list[Claim] = []
@@ -201,7 +217,7 @@ class _Run:
         def watch(iteration: int, distance: float, density: float) -> None:
             self.show.update(name, iteration, distance / max(program.reference_norm, 1e-300), density)
 
-        solution = self.method.solve(program, target, watch)
+        solution = _finite(self.method.solve(program, target, watch), program)
         self._report(name, program, solution, target)
         return solution
 
@@ -216,7 +232,9 @@ class _Run:
         notes = list(solution.notes)
         module = layer.module
         if not module.weight.requires_grad:
-            notes.append("its weights are frozen (requires_grad=False); they were pruned all the same and stay frozen; use ignore= to leave them")
+            notes.append(
+                "its weights are frozen (requires_grad=False); they were pruned all the same and stay frozen; use ignore= to leave them"
+            )
         calls = self.found.calls[name]
         if calls > 1:
             notes.append(f"called {calls} times in a pass: all calls count as rows of one program")
@@ -260,6 +278,7 @@ class _Run:
                 tolerance=solution.tolerance_used if exact else None,
                 gap_kind=kind,
                 gap_level=level if kind and level is not None else 0.0,
+                source=reading.source,
             )
         )
 
@@ -268,7 +287,7 @@ class _Run:
             method=self.method.describe(),
             program="preimage",
             scheme=self.scheme,
-            arithmetic="float64" if not notice else notice,
+            arithmetic=notice or "float64",
             max_samples=self.max_samples,
             seed=self.seed,
             reference_hash=hashes(self.original),
@@ -294,7 +313,30 @@ def _called(names: list[str], found: Scan, layers: Sequence[str] | None) -> tupl
 def _stated(activations: Mapping[str, str | Activation], names: Sequence[str]) -> dict[str, Activation]:
     resolve(activations, names, "activations")
     made = {key: value if isinstance(value, Activation) else preimage.named(value) for key, value in activations.items()}
+    for key, value in made.items():
+        if preimage.named(value.name) != value:  # the certificate names the activation, and nothing else of it
+            raise InvalidInput(
+                f"activations[{key!r}]: its name {value.name!r} means another activation; make it with nettrim.preimage.named(...)"
+            )
     return {name: activation for name in names if (activation := lookup(made, name)) is not None}
+
+
+def _finite(solution: Solution, program: LayerProgram) -> Solution:
+    """The solution, or the original weights when it holds values that the layer's dtype cannot."""
+    parts = (solution.weights, *(() if solution.bias is None else (solution.bias,)))
+    if all(bool(torch.isfinite(part).all()) for part in parts):
+        return solution
+    distance = program.original_distance()
+    return replace(
+        solution,
+        weights=program.weights.to(program.dtype),
+        bias=None if program.bias is None else program.bias.to(program.dtype),
+        status=Status.SKIPPED,
+        distance=distance,
+        tolerance_used=None if solution.tolerance is None else max(solution.tolerance, distance),
+        gap=None,
+        notes=(*solution.notes, f"the solution holds values beyond the range of {program.dtype}: left as it was; prune it in float32"),
+    )
 
 
 def _settings(method: Method) -> dict[str, Any]:

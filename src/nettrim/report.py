@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .status import Status
+from .records import build, items
+from .status import InvalidInput, Status
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class LayerReport:
     @property
     def density(self) -> float:
         """Share of the layer's weights that are not zero."""
-        return self.nonzeros / self.weights
+        return self.nonzeros / self.weights if self.weights else 0.0
 
     @property
     def relative_distance(self) -> float:
@@ -56,6 +57,7 @@ class LayerReport:
         return self.tolerance / self.reference_norm if self.reference_norm > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data for JSON, derived numbers included."""
         data = asdict(self)
         data["status"] = self.status.value
         data["notes"] = list(self.notes)
@@ -66,10 +68,16 @@ class LayerReport:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerReport:
-        known = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
-        known["status"] = Status(known["status"])
-        known["notes"] = tuple(known["notes"])
-        return cls(**known)
+        """The report of a dict made by ``to_dict``.
+
+        Raises:
+            InvalidInput: fields are missing or of another type.
+        """
+        try:
+            status = Status(data.get("status"))
+        except (ValueError, AttributeError) as error:
+            raise InvalidInput(f"LayerReport: status must be one of {', '.join(s.value for s in Status)}; the file is damaged") from error
+        return build(cls, data, status=status, notes=tuple(items(data, "notes")))
 
 
 @dataclass(frozen=True)
@@ -88,18 +96,21 @@ class PruneReport:
 
     @property
     def nonzeros(self) -> int:
+        """Weights of all pruned layers that are not zero."""
         return sum(layer.nonzeros for layer in self.layers)
 
     @property
     def weights(self) -> int:
+        """Weights of all pruned layers."""
         return sum(layer.weights for layer in self.layers)
 
     @property
     def density(self) -> float:
         """Share of the weights of all pruned layers that are not zero."""
-        return self.nonzeros / self.weights
+        return self.nonzeros / self.weights if self.weights else 0.0
 
     def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data for JSON, derived numbers included."""
         return {
             "method": self.method,
             "scheme": self.scheme,
@@ -117,16 +128,18 @@ class PruneReport:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PruneReport:
-        return cls(
-            method=data["method"],
-            scheme=data["scheme"],
-            seed=data["seed"],
-            samples=data["samples"],
-            seconds=data["seconds"],
-            sample_shape=tuple(data["sample_shape"]),
-            layers=tuple(LayerReport.from_dict(layer) for layer in data["layers"]),
-            notes=tuple(data["notes"]),
-            settings=dict(data["settings"]),
+        """The report of a dict made by ``to_dict``.
+
+        Raises:
+            InvalidInput: fields are missing or of another type.
+        """
+        return build(
+            cls,
+            data,
+            sample_shape=tuple(items(data, "sample_shape")),
+            layers=tuple(LayerReport.from_dict(layer) for layer in items(data, "layers")),
+            notes=tuple(items(data, "notes")),
+            settings=dict(data.get("settings", {})),
         )
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ from .status import InvalidInput, NothingToPrune, UnknownLayer
 def select(model: nn.Module, layers: Sequence[str] | None, ignore: Sequence[str]) -> list[str]:
     """Names of the layers to prune, in the model's order.
 
-    ``layers`` and ``ignore`` hold names of layers, names of modules that contain layers, or ``re:pattern`` (matched against the whole name).
+    ``layers`` and ``ignore`` hold names of layers, names of modules that contain layers, or ``re:pattern`` (matched against whole names).
 
     Raises:
         UnknownLayer: a name or pattern that fits nothing; the message gives the nearest name.

@@ -11,7 +11,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import calibration as data
 from .calibration import Calibration
-from .capture import Replica, Scan, Selection
+from .capture import Replica, Scan, Selection, paired
 from .certificate import (
     ROUNDING,
     Certificate,
@@ -43,7 +43,8 @@ LEVEL = 0.1  # relative discrepancy whose probability of being exceeded is bound
 class Claim:
     """What is to be certified of one pruned layer.
 
-    ``tolerance`` is absolute, ``None`` for none; ``gap_kind`` and ``gap_level`` name the l1 program whose gap is recomputed.
+    ``tolerance`` is absolute, ``None`` for none; ``gap_kind`` and ``gap_level`` name the l1 program whose gap is recomputed; ``source``
+    says where the activation comes from (see :class:`nettrim.graph.Reading`).
     """
 
     name: str
@@ -51,6 +52,7 @@ class Claim:
     tolerance: float | None
     gap_kind: str
     gap_level: float
+    source: str = "graph"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class Setup:
     seed: int
     reference_hash: str
     weights_hash: str
+
+
+def rounding_of(reference: Replica) -> float:
+    """Relative allowance for rounding: of summation in float64, or of the passes where the model does not run in float64."""
+    return max(ROUNDING, 32 * reference.precision)
 
 
 def certify(
@@ -85,7 +92,9 @@ def certify(
         for claim in claims
     }
     selections = {
-        claim.name: Selection(found.rows[claim.name], found.rows[claim.name] if claim.activation.is_point else setup.max_samples, setup.seed)
+        claim.name: Selection(
+            found.rows[claim.name], found.rows[claim.name] if claim.activation.is_point else setup.max_samples, setup.seed
+        )
         for claim in claims
     }
     start = dict.fromkeys(names, 0)
@@ -96,14 +105,17 @@ def certify(
         before, out_before = reference.calls(batch, names)
         after, out_after = pruned.calls(batch, names)
         for name in names:
-            for (x_ref, z_ref), (x, z) in zip(before[name], after[name], strict=True):
+            for (x_ref, z_ref), (x, z) in paired(name, before.pop(name), after.pop(name)):
                 rows = selections[name].within(start[name], len(x))
                 tallies[name].add(x_ref if setup.scheme == "parallel" else x, z_ref, z, rows)
                 start[name] += len(x)
         output.add(out_before, out_after)
     bounds = _Bounds(claims, tallies, chain, pruned.model, reference.model, setup.scheme)
     layers = tuple(
-        tallies[claim.name].certificate(claim.name, claim.tolerance, *bounds.of_layer(claim.name, found.calls[claim.name])) for claim in claims
+        tallies[claim.name].certificate(
+            claim.name, claim.tolerance, *bounds.of_layer(claim.name, found.calls[claim.name]), claim.source, rounding_of(reference)
+        )
+        for claim in claims
     )
     return Certificate(
         method=setup.method,
@@ -117,14 +129,16 @@ def certify(
         seed=setup.seed,
         versions=versions(),
         layers=layers,
-        network=_network(bounds, output, layers, setup.scheme),
+        network=_network(bounds, output, layers, setup.scheme, rounding_of(reference)),
     )
 
 
 class _Bounds:
     """Network bounds along the chain (docs/theory.md, section 4), on all calibration rows."""
 
-    def __init__(self, claims: Sequence[Claim], tallies: Mapping[str, LayerTally], chain: Chain, pruned: nn.Module, original: nn.Module, scheme: str) -> None:
+    def __init__(
+        self, claims: Sequence[Claim], tallies: Mapping[str, LayerTally], chain: Chain, pruned: nn.Module, original: nn.Module, scheme: str
+    ) -> None:
         self.chain, self.scheme = chain, scheme
         self.distances = {name: math.sqrt(tally.distance_all) for name, tally in tallies.items()}
         everything = all(tally.rows == tally.rows_total for tally in tallies.values())
@@ -134,9 +148,11 @@ class _Bounds:
             for claim in claims
             if claim.tolerance is not None and tallies[claim.name].original_distance > 0 and everything
         }
-        self.spectral = {name: spectral_norm(weight) for name, weight in _chain_weights(chain, pruned).items()}
+        self.weights = _chain_weights(chain, pruned)
         # the cascade's published bound speaks of the original weights, the parallel one of the pruned ones
-        self.entries = {name: entry_norm(weight) for name, weight in _chain_weights(chain, original if scheme == "cascade" else pruned).items()}
+        self.entries = {
+            name: entry_norm(weight) for name, weight in _chain_weights(chain, original if scheme == "cascade" else pruned).items()
+        }
         self.after: dict[str, float] = {}
         self.last: str | None = None
         self.output: float | None = None
@@ -161,8 +177,9 @@ class _Bounds:
                 link = stated if link == 0.0 else self.gammas.get(name, math.inf) * self.entries[name] * link
                 value, from_tolerances = own, stated
             else:
-                value = own + self.spectral[name] * value
-                from_tolerances = stated + self.spectral[name] * from_tolerances
+                spectral = spectral_norm(self.weights[name]) if value or from_tolerances else 0.0
+                value = own + spectral * value
+                from_tolerances = stated + spectral * from_tolerances
                 link = stated + self.entries[name] * link
             self.after[name] = value
         if not self.chain.reason:
@@ -184,7 +201,7 @@ class _Bounds:
 
 def _chain_weights(chain: Chain, model: nn.Module) -> dict[str, Tensor]:
     modules = dict(model.named_modules())
-    return {step.layer: modules[step.layer].get_parameter("weight") for step in chain.steps if step.layer is not None}
+    return {step.layer: cast(nn.Linear, modules[step.layer]).weight for step in chain.steps if step.layer is not None}
 
 
 class _OutputTally:
@@ -196,7 +213,7 @@ class _OutputTally:
         self.classes = True
 
     def add(self, before: Any, after: Any) -> None:
-        pairs = _output_tensors(before, after)
+        pairs = _output_pairs(before, after)
         for Y, X in pairs:
             self.reference += float(Y.double().square().sum())
             self.moved += float((X.double() - Y.double()).square().sum())
@@ -206,33 +223,25 @@ class _OutputTally:
         self.same += 0 if same is None else int(same.sum())
 
 
-def _output_tensors(before: Any, after: Any) -> list[tuple[Tensor, Tensor]]:
+def _output_pairs(before: Any, after: Any) -> list[tuple[Tensor, Tensor]]:
     """The floating-point tensors of two outputs, pairwise, with a sample dimension in front."""
-    if isinstance(before, Tensor):
-        pairs = [(before, after)]
-    elif isinstance(before, Mapping):
-        pairs = [(before[key], after[key]) for key in before]
-    elif isinstance(before, (tuple, list)):
-        pairs = list(zip(before, after, strict=True))
-    else:
-        raise InvalidInput(f"the model's output must be a tensor, or a tuple or mapping of tensors, found {type(before).__name__}")
-    kept = [(Y.reshape(1) if Y.ndim == 0 else Y, X) for Y, X in pairs if isinstance(Y, Tensor) and Y.is_floating_point()]
-    if not kept:
-        raise InvalidInput("the model's output holds no floating-point tensor to compare")
-    return kept
+    first, second = data.output_tensors(before), data.output_tensors(after)
+    if first.keys() != second.keys() or any(Y.shape != second[key].shape for key, Y in first.items()):
+        raise InvalidInput("the pruned network's output has another form than the reference network's, so they cannot be compared")
+    return [(Y.reshape(1) if Y.ndim == 0 else Y, second[key].reshape(Y.shape or (1,))) for key, Y in first.items()]
 
 
 def _same_class(before: Tensor, after: Tensor) -> Tensor | None:
     """Whether the predicted class (largest entry of the last dimension) stayed, sample by sample; ``None`` when there are no classes."""
     if before.ndim != 2 or before.shape[1] < 2:
         return None
-    return before.argmax(1) == after.argmax(1)
+    return (before.argmax(1) == after.argmax(1)) & torch.isfinite(after).all(1)
 
 
-def _network(bounds: _Bounds, output: _OutputTally, layers: Sequence[LayerCertificate], scheme: str) -> NetworkCertificate:
+def _network(bounds: _Bounds, output: _OutputTally, layers: Sequence[LayerCertificate], scheme: str, rounding: float) -> NetworkCertificate:
     achieved, reference = math.sqrt(output.moved), math.sqrt(output.reference)
     bound = bounds.output
-    holds = bound is None or achieved <= bound * (1 + ROUNDING) + ROUNDING * reference
+    holds = bound is None or achieved <= bound * (1 + rounding) + rounding * reference
     return NetworkCertificate(
         scheme=scheme,
         output_layer=bounds.last or layers[-1].name,
@@ -248,25 +257,53 @@ def _network(bounds: _Bounds, output: _OutputTally, layers: Sequence[LayerCertif
     )
 
 
+def check_heldout(reference: Replica, batches: Calibration, calibration: Calibration) -> int:
+    """Refuses held-out data that cannot serve, before any work is done; the number of samples that are calibration samples too.
+
+    Raises:
+        InvalidInput: a batch that cannot be used, or data that are all calibration data.
+    """
+    known = set(data.sample_digests(calibration))
+    overlap = [digest in known for digest in data.sample_digests(batches)]
+    if all(overlap):
+        raise InvalidInput(
+            f"{batches.what}: all of these samples are calibration data; a bound for unseen inputs needs samples "
+            "that were not used for pruning"
+        )
+    try:
+        reference.run(next(iter(batches)))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise InvalidInput(f"{batches.what}: the model cannot run on batch 1: {error}") from error
+    return sum(overlap)
+
+
 def certify_heldout(
-    reference: Replica, pruned: Replica, batches: Calibration, *, calibration_hash: str, confidence: float = CONFIDENCE, level: float = LEVEL
+    reference: Replica,
+    pruned: Replica,
+    batches: Calibration,
+    calibration: Calibration,
+    *,
+    confidence: float = CONFIDENCE,
+    level: float = LEVEL,
 ) -> HeldOutCertificate:
-    """Exact binomial bounds from held-out samples (design section 4, item 3), and accuracy where batches carry labels."""
+    """Exact binomial bounds from held-out samples (design section 4, item 3), and accuracy where batches carry labels.
+
+    A response that is not finite counts as exceeding any level, and as a change of class.
+    """
     if not 0 < confidence < 1:
         raise InvalidInput(f"confidence must lie in (0, 1), found {confidence}")
     if not level >= 0:
         raise InvalidInput(f"level must be >= 0, found {level}")
+    overlap = check_heldout(reference, batches, calibration)
     digest = hashlib.sha256()
     samples = exceed = changes = right_before = right_after = labelled = 0
     classes = True
-    for number, batch in enumerate(batches, 1):
-        data.check_batch(batch, number, batches.what)
+    for batch in batches:
         data.update_hash(digest, batch)
-        (Y, X), *others = _output_tensors(reference.run(batch), pruned.run(batch))
-        Y, X = Y.double(), X.double()
+        pairs = _output_pairs(reference.run(batch), pruned.run(batch))
+        (Y, X), *others = pairs
         samples += len(Y)
-        moved = torch.linalg.vector_norm((X - Y).reshape(len(Y), -1), dim=1)
-        exceed += int((moved > level * torch.linalg.vector_norm(Y.reshape(len(Y), -1), dim=1)).sum())
+        exceed += int((~(_moved(pairs) <= level)).sum())
         same = None if others else _same_class(Y, X)
         classes = classes and same is not None
         if same is not None:
@@ -277,8 +314,6 @@ def certify_heldout(
                 labelled += len(truth)
                 right_before += int((Y.argmax(1) == truth).sum())
                 right_after += int((X.argmax(1) == truth).sum())
-    if digest.hexdigest() == calibration_hash:
-        raise InvalidInput("heldout: these are the calibration data; a bound for unseen inputs needs samples that were not used for pruning")
     return HeldOutCertificate(
         samples=samples,
         data_hash=digest.hexdigest(),
@@ -290,7 +325,18 @@ def certify_heldout(
         exceed_bound=clopper_pearson_upper(exceed, samples, confidence),
         accuracy_before=right_before / samples if labelled == samples else None,
         accuracy_after=right_after / samples if labelled == samples else None,
+        overlap=overlap,
     )
+
+
+def _moved(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The relative discrepancy of each sample, over all outputs that have one row a sample."""
+    rows = len(pairs[0][0])
+    kept = [(Y.double().reshape(rows, -1), X.double().reshape(rows, -1)) for Y, X in pairs if len(Y) == rows]
+    moved = sum((X - Y).square().sum(1) for Y, X in kept)
+    size = sum(Y.square().sum(1) for Y, X in kept)
+    assert isinstance(moved, Tensor) and isinstance(size, Tensor)
+    return torch.where(moved == 0, 0.0, (moved / size).sqrt())
 
 
 def versions() -> dict[str, str]:

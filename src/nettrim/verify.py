@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from torch import nn
 
 from . import preimage
 from .calibration import Batches, Calibration
-from .capture import device_of, hashes, reference_replica, replicate, scan
-from .certificate import Certificate
-from .checkpoint import load, read_certificate, read_report
-from .graph import read
+from .capture import Replica, Scan, device_of, hashes, random_state_kept, read_graph, reference_replica, replicate, scan
+from .certificate import Certificate, clopper_pearson_upper
+from .checkpoint import contradictions, load, read_certificate, read_report
+from .layers import view
+from .report import LayerReport, PruneReport
 from .selection import select
-from .status import CertificateError, InvalidInput
+from .status import CertificateError, InvalidInput, Status
 from .verification import Claim, Setup, certify, certify_heldout
 
 AGREEMENT = 1e-6  # relative: two machines may sum in another order
@@ -33,74 +35,76 @@ def verify(
 ) -> Certificate:
     """Recomputes every number of the certificate in ``folder`` and returns the recomputed certificate.
 
+    Checked as well: that the report states the certificate's numbers, and that nothing but the weights and biases of certified layers
+    differs from the reference model. Not checked, because nothing here can tell: the time it took, the solver's status words,
+    versions, and activations that the user stated where the graph does not show them (``source`` says which those are).
+
     Args:
         folder: what ``result.save`` wrote.
         model: the reference network, with the weights that were pruned; it is left unchanged.
         calibration: the calibration data of the run, in the same order.
         heldout: held-out batches. Needed to recheck a stored held-out statement; new ones make a new statement.
+        device: where the work is done; by default where the model is.
 
     Raises:
-        CertificateError: a hash differs, a stored number is better than the recomputed one, or a guarantee does not hold; the message
+        CertificateError: a hash differs, a stored number is not the recomputed one, or a guarantee does not hold; the message
             lists all of them.
         InvalidInput: files, model or data that do not fit together.
     """
     stored, report = read_certificate(folder), read_report(folder)
     names = [layer.name for layer in stored.layers]
-    select(model, names, ())
-    problems: list[str] = []
+    _refuse_unusable(stored, names)
+    modules = select(model, names, ())
+    place = device_of(model, device)
+    problems = contradictions(folder)
     if hashes(model) != stored.reference_hash:
         problems.append("the reference model's weights are not those that the certificate was made for")
     pruned_model = load(folder, copy.deepcopy(model))
     if hashes(pruned_model) != stored.weights_hash:
         problems.append("the stored weights are not those that the certificate was made for")
+    problems += _changed_elsewhere(model, pruned_model, modules)
     batches = Calibration(calibration)
-    place = device_of(model, device)
-    reference, notice = reference_replica(model, place, next(iter(batches)))
-    pruned = replicate(pruned_model, place, reference.dtype)
-    found = scan(reference, names, batches)
-    if found.data_hash != stored.calibration_hash:
-        problems.append("the calibration data are not those that the certificate was made for (values, dtype, order or batch sizes differ)")
-    uncalled = [name for name in names if name not in found.order]
-    if uncalled:
-        raise InvalidInput(f"layer {uncalled[0]!r} is never called on these calibration data")
-    stated = report.settings.get("stated_activations", {})
-    graph = read(reference.model, names, {name: preimage.named(text) for name, text in stated.items() if name in names})
-    claims = []
-    for layer in stored.layers:
-        activation = graph.readings[layer.name].activation
-        if activation.name != layer.activation:
-            problems.append(f"{layer.name}: the certificate says {layer.activation}, the model's graph says {activation.name}")
-        claims.append(Claim(layer.name, preimage.named(layer.activation), layer.tolerance, layer.gap_kind, layer.gap_level))
-    setup = Setup(
-        method=stored.method,
-        program=stored.program,
-        scheme=stored.scheme,
-        arithmetic="float64" if not notice else notice,
-        max_samples=stored.max_samples,
-        seed=stored.seed,
-        reference_hash=hashes(model),
-        weights_hash=hashes(pruned_model),
-    )
-    again = certify(reference, pruned, claims, graph.chain, batches, found, setup)
-    problems += _compare(stored, again)
-    if heldout is not None:
-        unseen = Calibration(heldout, "heldout")
-        old = stored.heldout
-        new = certify_heldout(
-            reference,
-            pruned,
-            unseen,
-            calibration_hash=found.data_hash,
-            **({"confidence": old.confidence, "level": old.level} if old is not None else {}),
-        )
-        again = replace(again, heldout=new)
-        if old is not None and old.data_hash == new.data_hash:
-            problems += _differences("held-out", old.__dict__, new.__dict__, ("samples", "class_changes", "exceed"), exact=True)
-            problems += _differences(
-                "held-out", old.__dict__, new.__dict__, ("class_change_bound", "exceed_bound", "accuracy_before", "accuracy_after")
+    with random_state_kept(place):
+        first = next(iter(batches))
+        reference, notice = reference_replica(model, place, first)
+        pruned = replicate(pruned_model, place, reference.dtype)
+        found = scan(reference, names, batches)
+        if found.data_hash != stored.calibration_hash:
+            problems.append(
+                "the calibration data are not those that the certificate was made for (values, dtype, order or batch sizes differ)"
             )
-        elif old is not None:
-            problems.append("held-out: the stored statement was made from other data; give those, or none")
+        uncalled = [name for name in names if name not in found.order]
+        if uncalled:
+            raise InvalidInput(f"layer {uncalled[0]!r} is never called on these calibration data; give the data of the run")
+        problems += _unlike(report, stored, pruned_model, found, reference)
+        stated = report.settings.get("stated_activations", {})
+        graph = read_graph(reference, names, {name: preimage.named(text) for name, text in stated.items() if name in names}, first)
+        claims = []
+        for layer in stored.layers:
+            reading = graph.readings[layer.name]
+            if reading.activation.name != layer.activation:
+                problems.append(f"{layer.name}: the certificate says {layer.activation}, the model's graph says {reading.activation.name}")
+            # what was stated by the user is trusted, and named as such; the certificate may not pass it off as seen in the graph
+            if reading.source != layer.source:
+                problems.append(f"{layer.name}: source of the activation is stated as {layer.source!r}, found as {reading.source!r}")
+            activation = reading.activation if reading.activation.name == layer.activation else preimage.named(layer.activation)
+            claims.append(Claim(layer.name, activation, layer.tolerance, layer.gap_kind, layer.gap_level, reading.source))
+        setup = Setup(
+            method=stored.method,
+            program=stored.program,
+            scheme=stored.scheme,
+            arithmetic=notice or "float64",
+            max_samples=stored.max_samples,
+            seed=stored.seed,
+            reference_hash=hashes(model),
+            weights_hash=hashes(pruned_model),
+        )
+        again = certify(reference, pruned, claims, graph.chain, batches, found, setup)
+        problems += _compare(stored, again, reference)
+        problems += _heldout_arithmetic(stored)
+        if heldout is not None:
+            again, differences = _recheck_heldout(stored, again, reference, pruned, Calibration(heldout, "heldout"), batches)
+            problems += differences
     problems += [f"{layer.name}: a guarantee does not hold" for layer in again.layers if not layer.holds]
     if not again.network.holds:
         problems.append("network: the bound does not hold")
@@ -109,32 +113,163 @@ def verify(
     return again
 
 
+def _refuse_unusable(stored: Certificate, names: Sequence[str]) -> None:
+    """Settings without which nothing can be recomputed."""
+    if stored.scheme not in ("cascade", "parallel"):
+        raise InvalidInput(f"certificate: scheme must be 'cascade' or 'parallel', found {stored.scheme!r}; the file is damaged")
+    if stored.max_samples < 1 or stored.seed < 0:
+        raise InvalidInput("certificate: max_samples must be at least 1 and seed at least 0; the file is damaged")
+    if len(set(names)) < len(names):
+        raise InvalidInput("certificate: a layer is named twice; the file is damaged")
+    for layer in stored.layers:
+        if layer.gap_kind not in ("", "epsilon", "penalty"):
+            raise InvalidInput(f"certificate: {layer.name}: gap_kind {layer.gap_kind!r} is not known; the file is damaged")
+
+
+def _changed_elsewhere(model: nn.Module, pruned: nn.Module, names: Sequence[str]) -> list[str]:
+    """State that differs from the reference model's outside the certified layers: no number of the certificate speaks of it."""
+    allowed = {f"{name}.{label}" if name else label for name in names for label in ("weight", "bias")}
+    before, after = model.state_dict(), pruned.state_dict()
+    storages = {before[key].data_ptr() for key in allowed if key in before}  # a module that is registered twice has several keys
+    return [
+        f"{key} differs from the reference model, but belongs to no certified layer"
+        for key, value in before.items()
+        if key not in allowed
+        and isinstance(value, torch.Tensor)
+        and value.data_ptr() not in storages
+        and not torch.equal(value, after[key])
+        and not (bool(value.isnan().any()) and torch.equal(value.nan_to_num(), after[key].nan_to_num()))
+    ]
+
+
+def _unlike(report: PruneReport, stored: Certificate, pruned: nn.Module, found: Scan, reference: Replica) -> list[str]:
+    """Where the report does not state what the certificate and the weights say.
+
+    The report's numbers are those of the moment when a layer was solved. They are the certificate's, too, unless the target was
+    shifted (``correction`` below 1) or the layer fed itself (a cascade's layer that is called more than once).
+    """
+    problems = [
+        f"report: {name} is stated as {getattr(report, name)!r}, in the certificate as {getattr(stored, name)!r}"
+        for name in ("method", "scheme", "seed")
+        if getattr(report, name) != getattr(stored, name)
+    ]
+    if report.settings.get("max_samples") != stored.max_samples:
+        problems.append("report: max_samples is not that of the certificate")
+    if [layer.name for layer in report.layers] != [layer.name for layer in stored.layers]:
+        return [*problems, "report: its layers are not those of the certificate"]
+    modules = dict(pruned.named_modules())
+    for said, layer in zip(report.layers, stored.layers, strict=True):
+        weights = view(layer.name, modules[layer.name]).weights()
+        facts = {
+            "inputs": weights.shape[0],
+            "outputs": weights.shape[1],
+            "weights": weights.numel(),
+            "nonzeros": int((weights != 0).sum()),
+            "activation": layer.activation,
+            "rows": layer.rows,
+        }
+        parallel = stored.scheme == "parallel"
+        lasting = parallel or (report.settings.get("correction", 1) == 1 and found.calls[layer.name] == 1)
+        numbers = ("reference_norm", "distance", "original_distance") if lasting else ()
+        agreement = max(AGREEMENT, 32 * reference.precision)
+        if said.tolerance is not None and layer.tolerance is not None:
+            problems += _tolerance(said, layer.tolerance)
+        problems += _differences(f"report, {layer.name}", said.__dict__, facts, tuple(facts), exact=True)
+        problems += _differences(
+            f"report, {layer.name}", said.__dict__, layer.__dict__, numbers, scale=layer.reference_norm, agreement=agreement
+        )
+    return problems
+
+
+def _tolerance(said: LayerReport, certified: float) -> list[str]:
+    """The tolerance asked for is the one certified, unless it was out of reach, and the target names it."""
+    problems = []
+    out_of_reach = said.status in (Status.INFEASIBLE, Status.ORIGINAL_KEPT, Status.SKIPPED)
+    asked = said.tolerance or 0.0
+    slack = AGREEMENT * max(said.reference_norm, asked)
+    if certified < asked - slack or (certified > asked + slack and not out_of_reach):
+        problems.append(f"report, {said.name}: tolerance is stated as {asked}, certified is {certified}")
+    kind, _, number = said.target.partition(" ")
+    try:
+        target = float(number) * said.reference_norm
+    except ValueError:
+        return [*problems, f"report, {said.name}: target {said.target!r} cannot be read"]
+    if kind == "epsilon" and abs(target - asked) > 1e-5 * max(target, asked):
+        problems.append(f"report, {said.name}: tolerance is stated as {asked}, its target {said.target!r} makes it {target}")
+    return problems
+
+
+def _heldout_arithmetic(stored: Certificate) -> list[str]:
+    """A held-out statement's bounds follow from its counts, whatever the data."""
+    old = stored.heldout
+    if old is None:
+        return []
+    try:
+        bound = clopper_pearson_upper(old.exceed, old.samples, old.confidence)
+        changes = None if old.class_changes is None else clopper_pearson_upper(old.class_changes, old.samples, old.confidence)
+    except InvalidInput as error:
+        return [f"held-out: {error}"]
+    return _differences(
+        "held-out", old.__dict__, {"exceed_bound": bound, "class_change_bound": changes}, ("exceed_bound", "class_change_bound")
+    )
+
+
+def _recheck_heldout(
+    stored: Certificate, again: Certificate, reference: Replica, pruned: Replica, unseen: Calibration, batches: Calibration
+) -> tuple[Certificate, list[str]]:
+    """The held-out statement made anew, at the stored confidence and level, and where it differs from the stored one."""
+    old = stored.heldout
+    if old is None:
+        return replace(again, heldout=certify_heldout(reference, pruned, unseen, batches)), []
+    new = certify_heldout(reference, pruned, unseen, batches, confidence=old.confidence, level=old.level)
+    again = replace(again, heldout=new)
+    if old.data_hash != new.data_hash:
+        return again, ["held-out: the stored statement was made from other data; give those, or none"]
+    counts, numbers = ("samples", "class_changes", "exceed", "overlap"), ("accuracy_before", "accuracy_after")
+    return again, [
+        *_differences("held-out", old.__dict__, new.__dict__, counts, exact=True),
+        *_differences("held-out", old.__dict__, new.__dict__, numbers),
+    ]
+
+
 _LAYER_NUMBERS = ("reference_norm", "distance", "distance_all_rows", "discrepancy", "bound", "original_distance")
 _NETWORK_NUMBERS = ("reference_norm", "bound", "bound_from_tolerances", "bound_link_normalised", "achieved", "agreement")
 
 
-def _compare(stored: Certificate, again: Certificate) -> list[str]:
+def _compare(stored: Certificate, again: Certificate, reference: Replica) -> list[str]:
+    agreement = max(AGREEMENT, 32 * reference.precision)
     problems = []
+    if (stored.arithmetic == "float64") != (again.arithmetic == "float64"):
+        problems.append(f"arithmetic is stated as {stored.arithmetic!r}, recomputed in {again.arithmetic!r}")
     for old, new in zip(stored.layers, again.layers, strict=True):
         problems += _differences(old.name, old.__dict__, new.__dict__, ("rows", "rows_total", "holds"), exact=True)
-        problems += _differences(old.name, old.__dict__, new.__dict__, _LAYER_NUMBERS, scale=new.reference_norm)
-        problems += _differences(old.name, old.__dict__, new.__dict__, ("gap",), scale=1.0)
-    problems += _differences("network", stored.network.__dict__, again.network.__dict__, ("rows", "holds"), exact=True)
-    return problems + _differences(
-        "network", stored.network.__dict__, again.network.__dict__, _NETWORK_NUMBERS, scale=again.network.reference_norm
-    )
+        problems += _differences(old.name, old.__dict__, new.__dict__, _LAYER_NUMBERS, scale=new.reference_norm, agreement=agreement)
+        problems += _differences(old.name, old.__dict__, new.__dict__, ("gap",), agreement=agreement)
+        if old.gap_kind == "epsilon" and old.gap_level != old.tolerance:
+            problems.append(f"{old.name}: gap_level is {old.gap_level}, but the tolerance is {old.tolerance}")
+    old_network, new_network = stored.network.__dict__, again.network.__dict__
+    problems += _differences("network", old_network, new_network, ("scheme", "output_layer", "rows", "holds"), exact=True)
+    scale = again.network.reference_norm
+    return problems + _differences("network", old_network, new_network, _NETWORK_NUMBERS, scale=scale, agreement=agreement)
 
 
 def _differences(
-    label: str, old: dict[str, object], new: dict[str, object], fields: tuple[str, ...], *, exact: bool = False, scale: float = 1.0
+    label: str,
+    old: dict[str, object],
+    new: dict[str, object],
+    fields: tuple[str, ...],
+    *,
+    exact: bool = False,
+    scale: float = 1.0,
+    agreement: float = AGREEMENT,
 ) -> list[str]:
     problems = []
     for name in fields:
         a, b = old[name], new[name]
-        if exact or not isinstance(a, float) or not isinstance(b, float):
+        if exact or not isinstance(a, (int, float)) or not isinstance(b, (int, float)):
             same = a == b
         else:
-            same = math.isclose(a, b, rel_tol=AGREEMENT, abs_tol=AGREEMENT * max(scale, 1e-30))
+            same = math.isclose(a, b, rel_tol=agreement, abs_tol=agreement * scale)
         if not same:
             problems.append(f"{label}: {name} is stated as {a}, recomputed as {b}")
     return problems

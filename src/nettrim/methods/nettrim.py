@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -63,8 +63,8 @@ class NetTrim:
             raise InvalidInput(f"NetTrim: norm must be 'l1' or 'l0', found {self.norm!r}")
         if not 0 <= self.correction <= 1:
             raise InvalidInput(f"NetTrim: correction must lie in [0, 1], found {self.correction}")
-        if not self.ridge >= 0:
-            raise InvalidInput(f"NetTrim: ridge must be >= 0, found {self.ridge}")
+        if not 0 <= self.ridge < math.inf:
+            raise InvalidInput(f"NetTrim: ridge must be >= 0 and finite, found {self.ridge}")
         if not 0 < self.gap < 1:
             raise InvalidInput(f"NetTrim: gap must lie in (0, 1), found {self.gap}")
         if self.max_iterations is not None and self.max_iterations < 1:
@@ -102,7 +102,7 @@ class NetTrim:
 
     def solve(self, program: LayerProgram, target: float, watch: Watch | None = None) -> Solution:
         """Solves one layer's program for ``target``, a number of the kind that was given."""
-        standard = standardise(program)
+        standard = standardise(program, power=0.5 if self.chosen_norm == "l1" else 1.0)
         if self.kind == "epsilon":
             return self._within_tolerance(standard, target, watch)
         if self.kind == "penalty":
@@ -126,6 +126,12 @@ class NetTrim:
                 used = min(best.distance * ABOVE_BEST, original)
                 share = best.distance / program.reference_norm if program.reference_norm > 0 else math.inf
                 notes = (f"epsilon {epsilon:g} is out of reach: the best reachable distance is {share:.4g} of the reference norm",)
+        none = l1.no_weights(p)
+        if none.distance <= tolerance:  # also where the reference output is zero, and the tolerance with it
+            gap = 0.0 if self.chosen_norm == "l1" else None
+            return Solution(
+                none.weights, none.bias, Status.CONVERGED, none.distance, 0, tolerance=tolerance, tolerance_used=tolerance, gap=gap
+            )
         if used <= 1e-12 * program.reference_norm:
             return self._original(program, tolerance, original)
         if self.chosen_norm == "l1":
@@ -167,7 +173,14 @@ class NetTrim:
             return self._original(p.source, tolerance, original)
         best = self._best_reachable(p)
         return Solution(
-            best.weights, best.bias, Status.INFEASIBLE, best.distance, 0, tolerance=tolerance, tolerance_used=max(used, best.distance), notes=notes
+            best.weights,
+            best.bias,
+            Status.INFEASIBLE,
+            best.distance,
+            0,
+            tolerance=tolerance,
+            tolerance_used=max(used, best.distance),
+            notes=notes,
         )
 
     def _original(self, program: LayerProgram, tolerance: float, distance: float) -> Solution:
@@ -179,9 +192,10 @@ class NetTrim:
 
     def _penalised(self, p: StandardProgram, penalty: float, watch: Watch | None) -> Solution:
         program = p.source
-        if penalty == 0:
-            b = None if program.bias is None else program.bias.to(program.dtype)
-            return Solution(program.weights.to(program.dtype), b, Status.CONVERGED, program.original_distance(), 0, penalty=0.0)
+        if penalty == 0:  # nothing but the distance is left to minimise
+            best, b = self._best_reachable(p), None if program.bias is None else program.bias.to(program.dtype)
+            own = Solution(program.weights.to(program.dtype), b, Status.CONVERGED, program.original_distance(), 0)
+            return replace(own if own.distance <= best.distance else best, penalty=0.0)
         if self.chosen_norm == "l1":
             result = l1.penalised(p, penalty, gap=self.gap, max_iterations=self._l1_iterations(), watch=watch)
             W, b, iterations, converged = result.weights, result.bias, result.iterations, result.converged

@@ -19,6 +19,7 @@ from .polish import polish
 CHECK_EVERY = 3  # as in ALPS: the support is compared every three iterations
 GROWTH = ((0.1, 1.15), (0.005, 1.10), (0.0, 1.05))  # share of the support that changed -> growth of the penalty
 START_BETA = 0.03
+TRY_ALL = 32  # weights up to which the penalised program tries every count
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,11 @@ def _next_budget(low: int, low_value: float, high: int, high_value: float, epsil
     return min(high - margin, max(low + margin, round(guess)))
 
 
-
-
-def penalised(program: StandardProgram, penalty: float, *, ridge: float = 0.01, max_iterations: int = 300, watch: Watch | None = None) -> L0Result:
-    """``min 1/2 dist(A W + e b^T, [lo, hi])^2 + penalty ||W||_0``, as the best budget found by a golden-section search over ``log k``."""
+def penalised(
+    program: StandardProgram, penalty: float, *, ridge: float = 0.01, max_iterations: int = 300, watch: Watch | None = None
+) -> L0Result:
+    """``min 1/2 dist(A W + e b^T, [lo, hi])^2 + penalty ||W||_0``, as the best budget found by a golden-section search over ``log k``
+    (over every ``k`` in tiny layers)."""
     p = program
     solved: dict[int, tuple[float, L0Result]] = {}
 
@@ -154,7 +156,13 @@ def penalised(program: StandardProgram, penalty: float, *, ridge: float = 0.01, 
             solved[k] = (result.distance**2 / 2 + penalty * nonzeros, result)
         return solved[k][0]
 
-    low, high = 0.0, math.log(max(1, p.U0.numel()))
+    value(0)
+    if p.U0.numel() <= TRY_ALL:  # the search below skips counts, which matters when there are few
+        low, high = 0.0, 0.0
+        for k in range(1, p.U0.numel() + 1):
+            value(k)
+    else:
+        low, high = 0.0, math.log(p.U0.numel())
     golden = (math.sqrt(5) - 1) / 2
     while high - low > 0.02:
         left, right = high - golden * (high - low), low + golden * (high - low)
@@ -162,7 +170,6 @@ def penalised(program: StandardProgram, penalty: float, *, ridge: float = 0.01, 
             high = right
         else:
             low = left
-    value(0)
     best = min(solved.values(), key=lambda pair: pair[0])[1]
     iterations = sum(result.iterations for _, result in solved.values())
     return L0Result(best.U, best.c, best.k, best.distance, iterations, best.converged)

@@ -18,8 +18,8 @@ from .polish import polish
 
 CHECK_EVERY = 25
 TUNE_AT = (10, 20, 40, 60, 100, 200, 400)
-BETA = 2.0  # weight of the copy of the weights relative to the response's; the inputs' columns have unit norm
-RHO = 0.1  # weight of the response's copy, in units of 1 / lambda (of 1 in the penalised program)
+BETA = 0.5  # weight of the copy of the weights relative to the response's; the inputs' columns have unit norm on average
+RHO = 0.3  # weight of the response's copy, in units of sqrt(distance allowed / distance of no weights at all) / lambda
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def within_tolerance(
     far = float(torch.linalg.vector_norm(_residual(p, zero, c)))
     if far <= goal:
         return _result(p, zero, c, epsilon, 0, gap)
+    goal = max(goal, 1e-9 * far)  # where epsilon is no more than what cannot be reached, work towards the least distance
     loop = GramADMM(p, p.U0 if start is None else start)
     # ||Theta|| of the optimal multiplier is about the slope of the l1 norm between the original weights and none at all
     rho = max(0.2 * float((p.U0.abs() * weight).sum()) / (goal * far), 1e-30)
@@ -75,7 +76,7 @@ def within_tolerance(
         threshold = weight / (rho * BETA)
         loop.split_step(lambda V, t=threshold: soft_threshold(V, t), BETA, rho, radius)  # type: ignore[misc]
         if iteration in TUNE_AT:
-            rho = _tune(loop, weight, rho, radius)
+            rho = _tune(loop, weight, rho, radius, RHO * math.sqrt(goal / far))
         if iteration % CHECK_EVERY == 0 or iteration == max_iterations:
             c = _best_offset(p, loop.D, loop.c)
             reached, estimate = _estimate(p, loop.D, c, weight, goal)
@@ -96,10 +97,11 @@ def within_tolerance(
     return best
 
 
-def _tune(loop: GramADMM, weight: Tensor, rho: float, radius: float) -> float:
-    """Sets ``rho`` by the present estimate of the multiplier lambda: on the support ``|A^T residual| = lambda * weight`` at the optimum.
+def _tune(loop: GramADMM, weight: Tensor, rho: float, radius: float, aim: float) -> float:
+    """Sets ``rho`` to ``aim / lambda``, by the present estimate of lambda: on the support ``|A^T residual| = lambda * weight`` at the optimum.
 
-    The constant was chosen on layers of trained networks over tolerances from 1 % to 20 %.
+    Why ``aim`` falls with the tolerance: the scaled dual ``Y = residual / aim`` should be of the size of the response's own errors,
+    which depend on it less than proportionally. The constant was chosen on a trained layer over tolerances from 0.5 % to 20 %.
     """
     p = loop.program
     on = loop.D != 0
@@ -108,7 +110,7 @@ def _tune(loop: GramADMM, weight: Tensor, rho: float, radius: float) -> float:
     multiplier = float(((p.A.T @ _residual(p, loop.U, loop.c)).abs() / weight)[on].median())
     if not multiplier > 0 or not math.isfinite(multiplier):
         return rho
-    new = min(max(RHO / multiplier, rho / 100), rho * 100)
+    new = min(max(aim / multiplier, rho / 100), rho * 100)
     loop.rescale(rho, new, radius)
     return new
 
@@ -166,6 +168,13 @@ def _result(p: StandardProgram, U: Tensor, c: Tensor | None, epsilon: float, ite
     return L1Result(W, b, distance, value, iterations, value <= gap)
 
 
+def no_weights(program: StandardProgram) -> L1Result:
+    """All weights zero and the bias of least distance: the optimum wherever the tolerance allows it."""
+    zero = torch.zeros_like(program.U0)
+    W, b = program.restore(zero, _best_offset(program, zero, program.c0))
+    return L1Result(W, b, program.source.distance(W, b), 0.0, 0, True)
+
+
 def within_budget(program: StandardProgram, k: int, *, gap: float, max_iterations: int, watch: Watch | None = None) -> L1Result:
     """The penalised program whose penalty leaves as many nonzero weights as fit into ``k``, found by bisection on ``log penalty``.
 
@@ -174,12 +183,14 @@ def within_budget(program: StandardProgram, k: int, *, gap: float, max_iteration
     p = program
     zero = torch.zeros_like(p.U0)
     correlation = (p.A.T @ _residual(p, zero, _best_offset(p, zero, p.c0))).abs() * p.scale.to(p.A.dtype)[:, None]
-    high = float(correlation.max()) if correlation.numel() else 1.0  # at this penalty no weight is left
-    low, best, iterations = 0.0, None, 0
-    penalty = high / 100
+    high = float(correlation.max()) if correlation.numel() else 0.0  # at this penalty no weight is left
+    best = no_weights(p)
+    if k <= 0 or high <= 0.0:
+        return best
+    low, iterations, penalty = 0.0, 0, high / 100
     start: Tensor | None = None
     for _ in range(24):
-        result = penalised(p, max(penalty, 1e-300), gap=gap, max_iterations=max_iterations, start=start, watch=watch)
+        result = penalised(p, penalty, gap=gap, max_iterations=max_iterations, start=start, watch=watch)
         iterations += result.iterations
         count = int((result.weights != 0).sum())
         start = p.enter(result.weights, result.bias)[0]
@@ -190,8 +201,6 @@ def within_budget(program: StandardProgram, k: int, *, gap: float, max_iteration
         else:
             low = penalty
         penalty = math.sqrt(low * high) if low > 0 else high / 10
-    if best is None:
-        best = penalised(p, high, gap=gap, max_iterations=max_iterations, watch=watch)
     return L1Result(best.weights, best.bias, best.distance, best.gap, iterations, best.converged)
 
 
@@ -201,11 +210,19 @@ def penalised(
     """``min 1/2 dist(A W + e b^T, [lo, hi])^2 + penalty ||W||_1``, for a ``penalty`` > 0, to the stated duality gap."""
     p = program
     weight = (penalty / p.scale).to(p.A.dtype)[:, None]
-    threshold = weight / (RHO * BETA)
+    zero = torch.zeros_like(p.U0)
+    far = float(torch.linalg.vector_norm(_residual(p, zero, _best_offset(p, zero, p.c0))))
     loop = GramADMM(p, p.U0 if start is None else start)
+    rho = 0.1
     best: L1Result | None = None
     for iteration in range(1, max_iterations + 1):
-        loop.split_step(lambda V: soft_threshold(V, threshold), BETA, RHO, None)
+        threshold = weight / (rho * BETA)
+        loop.split_step(lambda V, t=threshold: soft_threshold(V, t), BETA, rho, None)  # type: ignore[misc]
+        if iteration in TUNE_AT and far > 0:
+            share = float(torch.linalg.vector_norm(_residual(p, loop.U, loop.c))) / far
+            new = RHO * math.sqrt(min(max(share, 1e-4), 1.0))
+            loop.rescale(rho, new, None)
+            rho = new
         if iteration % CHECK_EVERY == 0 or iteration == max_iterations:
             W, b = p.restore(loop.D, _best_offset(p, loop.D, loop.c))
             value = dual_gap(p.source, W, b, penalty=penalty)

@@ -58,14 +58,19 @@ def polish(
 def _newton_direction(
     p: StandardProgram, mask: Tensor, curved: Tensor, residual: Tensor, steps: int
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Conjugate gradients on ``(J^T J) d = -J^T residual`` with ``J`` the curved rows of ``[A e]`` on the support; also ``A dU + e dc^T``."""
+    """Conjugate gradients on ``(J^T J) d = -J^T residual`` with ``J`` the curved rows of ``[A e]`` on the support; also ``A dU + e dc^T``.
+
+    Preconditioned by the columns' square norms, so that their scaling does not matter.
+    """
+    inverse = (1.0 / p.gram.diagonal())[:, None]
+    tiny = torch.finfo(residual.dtype).tiny
     rU = -(p.A.T @ residual) * mask
     rc = None if p.e is None else -(p.e @ residual) / p.e_square**0.5
-    e = None if p.e is None else p.e / p.e_square**0.5  # unit norm, like the other columns
+    e = None if p.e is None else p.e / p.e_square**0.5  # unit norm, as the other columns are after preconditioning
     dU, dZ = torch.zeros_like(rU), torch.zeros_like(residual)
     dc = None if rc is None else torch.zeros_like(rc)
-    pU, pc = rU.clone(), None if rc is None else rc.clone()
-    square = _column_square(rU, rc)
+    pU, pc = rU * inverse, None if rc is None else rc.clone()
+    square = _column_square(rU, rc, inverse)
     start = square.clone()
     for _ in range(steps):
         q = p.A @ pU
@@ -74,7 +79,7 @@ def _newton_direction(
         qc = q * curved
         curvature = (q * qc).sum(0)
         # a column that has converged (or whose direction has no curvature) stands still
-        alpha = torch.where(curvature > 1e-12 * square, square / curvature.clamp(min=1e-30), 0.0)
+        alpha = torch.where(curvature > 1e-12 * square, square / curvature.clamp(min=tiny), 0.0)
         alpha = torch.where(square > 1e-12 * start, alpha, 0.0)
         dU.addcmul_(pU, alpha)
         dZ.addcmul_(q, alpha)
@@ -82,9 +87,9 @@ def _newton_direction(
         if rc is not None and dc is not None and pc is not None and e is not None:
             dc.addcmul_(pc, alpha)
             rc = torch.addcmul(rc, e @ qc, alpha, value=-1)
-        new = _column_square(rU, rc)
-        ratio = new / square.clamp(min=1e-30)
-        pU = torch.addcmul(rU, pU, ratio)
+        new = _column_square(rU, rc, inverse)
+        ratio = torch.where(alpha > 0, new / square.clamp(min=tiny), 0.0)
+        pU = torch.addcmul(rU * inverse, pU, ratio)
         if rc is not None and pc is not None:
             pc = torch.addcmul(rc, pc, ratio)
         square = new
@@ -93,6 +98,6 @@ def _newton_direction(
     return dU, None if dc is None else dc / p.e_square**0.5, dZ
 
 
-def _column_square(rU: Tensor, rc: Tensor | None) -> Tensor:
-    square = rU.square().sum(0)
+def _column_square(rU: Tensor, rc: Tensor | None, inverse: Tensor) -> Tensor:
+    square = (rU.square() * inverse).sum(0)
     return square if rc is None else square + rc.square()

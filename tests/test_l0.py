@@ -1,0 +1,183 @@
+"""Budgets against brute force over all supports, tolerances, and the polish against least squares and CVXPY."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from layer_programs import layer
+
+from nettrim.program import LayerProgram, standardise
+from nettrim.solvers import l0
+from nettrim.solvers.polish import polish
+from nettrim.solvers.reference import nearest
+
+
+def least(p: LayerProgram, support: torch.Tensor) -> float:
+    """Least distance with weights on ``support`` (N, M), from a long polish in float64."""
+    s = standardise(p, torch.float64)
+    start = torch.zeros_like(s.U0)
+    return polish(s, start, s.c0, support=support[s.live], rounds=100, steps=100, tolerance=1e-10)[2]
+
+
+def brute(p: LayerProgram, k: int) -> float:
+    """The best over all supports of ``k`` weights of a layer with one neuron."""
+    N = p.shape[1]
+    best = math.inf
+    for chosen in itertools.combinations(range(N), k):
+        support = torch.zeros(N, 1, dtype=torch.bool)
+        support[list(chosen)] = True
+        best = min(best, least(p, support))
+    return best
+
+
+@pytest.mark.parametrize("activation", ["relu", "identity", "hardtanh"])
+def test_budget_against_brute_force(activation: str) -> None:
+    ratios = []
+    for seed in range(8):
+        p = layer(40, 6, 1, activation, seed=seed)
+        for k in (2, 4):
+            best = brute(p, k)
+            found = l0.within_budget(standardise(p), k, ridge=0.0)
+            W, b = standardise(p).restore(found.U, found.c)
+            assert int((W != 0).sum()) <= k
+            ratios.append(p.distance(W, b) / best)
+    assert min(ratios) >= 1 - 1e-4
+    assert max(ratios) <= 2.5
+    assert sum(r <= 1 + 1e-3 for r in ratios) >= 0.75 * len(ratios)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "identity", "hardtanh", "leaky"])
+def test_counts_are_exact(activation: str, bias: bool) -> None:
+    p = layer(60, 12, 5, activation, bias=bias, seed=1)
+    s = standardise(p)
+    distances = []
+    for k in (0, 1, 17, 30, 59, 60, 99):
+        found = l0.within_budget(s, k)
+        assert int((found.U != 0).sum()) == min(k, 60) == found.k
+        W, b = s.restore(found.U, found.c)
+        assert p.distance(W, b) == pytest.approx(found.distance, rel=1e-9, abs=1e-12)
+        distances.append(found.distance)
+    assert distances[0] > distances[2] > distances[3] > distances[5]
+    assert distances[-1] <= 1e-6 * p.reference_norm  # every weight: the reference itself
+
+
+@pytest.mark.parametrize("relative", [0.02, 0.1, 0.4])
+@pytest.mark.parametrize("activation", ["relu", "identity", "leaky"])
+def test_tolerance_is_met_with_few_weights(activation: str, relative: float) -> None:
+    p = layer(80, 15, 6, activation, seed=2)
+    s = standardise(p)
+    epsilon = relative * p.reference_norm
+    found = l0.within_tolerance(s, epsilon)
+    assert found is not None
+    W, b = s.restore(found.U, found.c)
+    assert p.distance(W, b) <= epsilon
+    if found.k > 3 and found.distance < epsilon * (1 - 0.005):  # then the bracket was closed: clearly fewer weights miss it
+        fewer = l0.within_budget(s, int(found.k * 0.85) - 1)
+        assert fewer.distance > epsilon
+
+
+def test_looser_tolerances_need_no_more_weights() -> None:
+    p = layer(80, 15, 6, seed=3)
+    counts = []
+    for relative in (0.01, 0.05, 0.2, 0.5, 3.0):
+        found = l0.within_tolerance(standardise(p), relative * p.reference_norm)
+        assert found is not None
+        counts.append(found.k)
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] == 0
+
+
+def test_out_of_reach_is_none() -> None:
+    p = layer(40, 6, 3, "identity", noise=1.0)
+    best = nearest(p.inputs.numpy(), p.lo.numpy(), p.hi.numpy()).distance
+    assert l0.within_tolerance(standardise(p), 0.9 * best) is None
+
+
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+def test_penalised_against_brute_force(activation: str) -> None:
+    close = 0
+    for seed in range(6):
+        p = layer(30, 5, 1, activation, seed=seed)
+        penalty = 0.02 * p.reference_norm**2
+        best = min(brute(p, k) ** 2 / 2 + penalty * k for k in range(6))
+        found = l0.penalised(standardise(p), penalty, ridge=0.0)
+        value = found.distance**2 / 2 + penalty * int((found.U != 0).sum())
+        assert best * (1 - 1e-4) <= value <= 1.5 * best
+        close += value <= best * (1 + 1e-3)
+    assert close >= 4
+
+
+def test_no_live_inputs() -> None:
+    p = layer(20, 4, 2)
+    p = replace(p, inputs=torch.ones_like(p.inputs))
+    s = standardise(p)
+    found = l0.within_budget(s, 3)
+    W, b = s.restore(found.U, found.c)
+    assert int((W != 0).sum()) == 0 and math.isfinite(p.distance(W, b))
+    assert l0.within_tolerance(s, 10 * p.reference_norm) is not None
+    assert l0.within_tolerance(s, 1e-3 * found.distance) is None
+    assert math.isfinite(l0.penalised(s, 1.0).distance)
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+@pytest.mark.parametrize("activation", ["relu", "identity", "hardtanh", "leaky"])
+@pytest.mark.parametrize("seed", range(3))
+def test_polish_only_lowers_the_distance_and_keeps_the_zeros(seed: int, activation: str, power: float) -> None:
+    p = layer(50, 12, 5, activation, seed=seed)
+    s = standardise(p, power=power)
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(s.U0.shape, generator=g) < 0.4
+    U = s.U0 * mask
+    before = s.distance(U, s.c0)
+    for rounds in (0, 1, 6):
+        V, c, after = polish(s, U, s.c0, rounds=rounds)
+        assert after <= before * (1 + 1e-12)
+        assert bool((V[~mask] == 0).all())
+        assert after == pytest.approx(s.distance(V, c), rel=1e-12)
+        before = after
+    assert rounds and after < s.distance(U, s.c0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["identity", "leaky"])
+def test_polish_is_least_squares_for_point_boxes(activation: str, bias: bool) -> None:
+    p = layer(40, 10, 4, activation, bias=bias, seed=6, noise=0.3)
+    s = standardise(p)
+    mask = torch.rand(10, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[:, 3] = False
+    U, c, reached = polish(s, s.U0, s.c0, support=mask[s.live], rounds=20, steps=100, tolerance=1e-12)
+    W, b = s.restore(U, c)
+    square = 0.0
+    for m in range(4):
+        columns = p.inputs[:, mask[:, m]]
+        if bias:
+            columns = torch.cat([columns, torch.ones(40, 1, dtype=torch.float64)], 1)
+        if columns.shape[1] == 0:
+            square += float(p.lo[:, m].square().sum())
+            continue
+        x = torch.linalg.lstsq(columns, p.lo[:, m : m + 1]).solution[:, 0]
+        square += float((columns @ x - p.lo[:, m]).square().sum())
+        torch.testing.assert_close(W[mask[:, m], m], x[: int(mask[:, m].sum())], rtol=1e-6, atol=1e-8)
+        if bias:
+            assert b is not None
+            assert float(b[m]) == pytest.approx(float(x[-1]), rel=1e-6, abs=1e-8)
+    assert reached == pytest.approx(math.sqrt(square), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "hardtanh"])
+def test_polish_reaches_the_least_distance_of_box_programs(activation: str, bias: bool, dtype: torch.dtype) -> None:
+    pytest.importorskip("clarabel")
+    p = layer(60, 8, 4, activation, bias=bias, seed=7, noise=0.5)
+    best = nearest(p.inputs.numpy(), p.lo.numpy(), p.hi.numpy(), bias=bias).distance
+    s = standardise(p, dtype)
+    every = torch.ones_like(s.U0, dtype=torch.bool)
+    for start in (s.U0, torch.zeros_like(s.U0)):
+        reached = polish(s, start, s.c0, support=every, rounds=50, steps=60, tolerance=1e-9)[2]
+        assert reached == pytest.approx(best, rel=1e-5)
