@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from scipy.optimize import linprog
 
-from nettrim import recovery as rec
+from nettrim import bounds
 from nettrim.experiments import recovery as experiment
+from nettrim.experiments import recovery_figures as figures
 from nettrim.recovery import Verdict, is_unique_minimiser
 from nettrim.status import CertificateError, InvalidInput
 
@@ -231,48 +232,48 @@ def test_unusable_input_is_refused(change: dict[str, object], words: str) -> Non
 
 def test_theorem_3_by_hand() -> None:
     # s = 1, mu = 2, N = 100: 18 * 2 * 4.605170 = 165.786
-    assert rec.samples_for_recovery(100, 1, mu=2.0) == 166
+    assert bounds.samples_for_recovery(100, 1, mu=2.0) == 166
     # mu = 2 states 1 - 1/100
-    assert rec.samples_for_recovery(100, 1, probability=0.99) == 166
+    assert bounds.samples_for_recovery(100, 1, probability=0.99) == 166
     # s = 10, N = 200, probability 0.99: 117 * (5.298317 + 4.605170) = 1158.708
-    assert rec.samples_for_recovery(200, 10, probability=0.99) == 1159
-    assert rec.recovery_probability(100, 1, 166) == pytest.approx(1 - math.exp(math.log(100) - 166 / 18))
-    assert rec.recovery_probability(100, 1, 82) == 0.0  # 82 < 18 log 100 = 82.9: mu <= 1
+    assert bounds.samples_for_recovery(200, 10, probability=0.99) == 1159
+    assert bounds.recovery_probability(100, 1, 166) == pytest.approx(1 - math.exp(math.log(100) - 166 / 18))
+    assert bounds.recovery_probability(100, 1, 82) == 0.0  # 82 < 18 log 100 = 82.9: mu <= 1
 
 
 def test_theorem_3_both_ways_and_monotone() -> None:
     for N, s in ((2, 1), (50, 7), (200, 64), (10_000, 10_000)):
         last = 0
         for p in (1e-9, 0.1, 0.5, 0.9, 0.99, 0.9999):
-            P = rec.samples_for_recovery(N, s, probability=p)
+            P = bounds.samples_for_recovery(N, s, probability=p)
             assert last <= P
-            assert rec.recovery_probability(N, s, P) >= p * (1 - 1e-12)
-            assert rec.recovery_probability(N, s, P - 1) < p
+            assert bounds.recovery_probability(N, s, P) >= p * (1 - 1e-12)
+            assert bounds.recovery_probability(N, s, P - 1) < p
             last = P
-    counts = [rec.samples_for_recovery(200, s, probability=0.99) for s in range(1, 200)]
+    counts = [bounds.samples_for_recovery(200, s, probability=0.99) for s in range(1, 200)]
     assert counts == sorted(counts)
 
 
 def test_predicted_transition() -> None:
-    assert rec.statistical_dimension(50, 50) == pytest.approx(50.0)  # no zeros: as many equations as unknowns
-    values = [rec.statistical_dimension(200, s) for s in range(1, 201)]
+    assert bounds.statistical_dimension(50, 50) == pytest.approx(50.0)  # no zeros: as many equations as unknowns
+    values = [bounds.statistical_dimension(200, s) for s in range(1, 201)]
     assert values == sorted(values) and values[0] > 1 and values[-1] <= 200 + 1e-9
-    assert rec.expected_transition(200, 10) == 2 * rec.statistical_dimension(200, 10)
+    assert bounds.expected_transition(200, 10) == 2 * bounds.statistical_dimension(200, 10)
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: rec.samples_for_recovery(200, 10), "exactly one of probability and mu; found neither"),
-        (lambda: rec.samples_for_recovery(200, 10, probability=0.9, mu=2), "found both"),
-        (lambda: rec.samples_for_recovery(200, 10, probability=1.0), "probability must lie strictly"),
-        (lambda: rec.samples_for_recovery(200, 10, probability=math.nan), "probability must be a finite number"),
-        (lambda: rec.samples_for_recovery(200, 10, mu=1.0), "mu must be a number > 1, found 1.0"),
-        (lambda: rec.samples_for_recovery(1, 1, mu=2.0), "N must be at least 2, found 1"),
-        (lambda: rec.samples_for_recovery(200, 0, mu=2.0), "s must be at least 1, found 0"),
-        (lambda: rec.samples_for_recovery(200, 201, mu=2.0), "s must be at most N = 200, found 201"),
-        (lambda: rec.samples_for_recovery(200.0, 3, mu=2.0), "N must be a whole number"),  # type: ignore[arg-type]
-        (lambda: rec.recovery_probability(200, 3, -1), "samples must be at least 0"),
+        (lambda: bounds.samples_for_recovery(200, 10), "exactly one of probability and mu; found neither"),
+        (lambda: bounds.samples_for_recovery(200, 10, probability=0.9, mu=2), "found both"),
+        (lambda: bounds.samples_for_recovery(200, 10, probability=1.0), "probability must lie strictly"),
+        (lambda: bounds.samples_for_recovery(200, 10, probability=math.nan), "probability must be a finite number"),
+        (lambda: bounds.samples_for_recovery(200, 10, mu=1.0), "mu must be a number > 1, found 1.0"),
+        (lambda: bounds.samples_for_recovery(1, 1, mu=2.0), "N must be at least 2, found 1"),
+        (lambda: bounds.samples_for_recovery(200, 0, mu=2.0), "s must be at least 1, found 0"),
+        (lambda: bounds.samples_for_recovery(200, 201, mu=2.0), "s must be at most N = 200, found 201"),
+        (lambda: bounds.samples_for_recovery(200.0, 3, mu=2.0), "N must be a whole number"),  # type: ignore[arg-type]
+        (lambda: bounds.recovery_probability(200, 3, -1), "samples must be at least 0"),
     ],
 )
 def test_theorem_3_refusals(call: object, words: str) -> None:
@@ -328,7 +329,7 @@ def test_experiment_and_resume(tmp_path: Path) -> None:
     assert len((tmp_path / "b" / "recovery.jsonl").read_text().splitlines()) == 13
 
     console = Console(width=140, record=True, file=(tmp_path / "table.txt").open("w"))
-    console.print(experiment.table(resumed))
+    console.print(figures.table(resumed))
     text = console.export_text()
     console.file.close()
     assert "Theorem 3's line is above every trial's threshold" in text and "12 of 12 unique" in text

@@ -254,7 +254,7 @@ def reproduce_command(
     as_json: Json = False,
 ) -> None:
     """Repeat a published experiment: numbers, a table and a picture."""
-    from .experiments import recovery  # scipy's linear programming is needed only here
+    from .experiments import recovery, recovery_figures  # linear programming and drawing are needed only here
 
     assert name is ExperimentName.recovery  # the only one so far
     folder = checkpoint.check_writable(output / name.value)
@@ -264,7 +264,7 @@ def reproduce_command(
         _print_json(summary.to_dict())
         return
     console = Console()
-    console.print(recovery.table(summary))
+    console.print(recovery_figures.table(summary))
     for file in summary.files:
         console.print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
 
