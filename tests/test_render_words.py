@@ -118,3 +118,19 @@ def test_words_say_which_layers_are_matched_before_their_activation(activation: 
     layers = (make_certified("fc1"), make_certified("fc2", activation=activation), make_certified("fc3", activation="leaky_relu(0.1)"))
     (sentence,) = (words for words in certificate_words(make_certificate(layers=layers)) if "before their activation" in words)
     assert f'not known: "fc2" ({activation}). ' in sentence
+
+
+def test_words_say_who_stated_an_activation_and_what_overlaps() -> None:
+    certificate = make_certificate()
+    first, second, *others = certificate.layers
+    certificate = replace(
+        certificate,
+        layers=(replace(first, source="stated"), replace(second, source="stated against the graph"), *others),
+        heldout=replace(make_heldout(), overlap=3),
+    )
+    text = "\n".join(certificate_words(certificate))
+    assert 'stated by the user, where the model\'s graph shows none: "fc1" (relu)' in text
+    assert 'no bound of the network passes through their layers: "fc2" (relu)' in text
+    assert "3 held-out samples also occurred in the calibration data" in text
+    plain = "\n".join(certificate_words(make_certificate()))
+    assert "stated by the user" not in plain and "also occurred" not in plain

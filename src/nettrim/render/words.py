@@ -108,6 +108,17 @@ def _layer_words(certificate: Certificate) -> list[str]:
             f"Matched before their activation, because its preimages are not boxes or it is not known: {listed(linear)}. All that is said "
             "of the output of such a layer speaks of its pre-activations."
         )
+    stated = [f"{quoted(layer.name)} ({clean(layer.activation)})" for layer in certificate.layers if layer.source == "stated"]
+    if stated:
+        words.append(f"These activations were stated by the user, where the model's graph shows none: {listed(stated)}.")
+    against = [
+        f"{quoted(layer.name)} ({clean(layer.activation)})" for layer in certificate.layers if layer.source == "stated against the graph"
+    ]
+    if against:
+        words.append(
+            f"These activations were stated by the user against what the model's graph shows, so no bound of the network passes through "
+            f"their layers: {listed(against)}."
+        )
     sampled = [layer for layer in certificate.layers if layer.rows < layer.rows_total]
     if sampled:
         names = listed([f"{quoted(layer.name)} ({layer.rows:,} of {layer.rows_total:,})" for layer in sampled])
@@ -229,6 +240,11 @@ def _heldout_words(certificate: Certificate) -> list[str]:
         "This is valid only for inputs drawn, independently, like the held-out samples, and because those samples were not used for "
         "pruning.",
     ]
+    if heldout.overlap:
+        words.append(
+            f"{plural(heldout.overlap, 'held-out sample')} also occurred in the calibration data: unless they are chance repetitions, the "
+            "statement about other inputs is not valid."
+        )
     if heldout.accuracy_before is not None and heldout.accuracy_after is not None:
         words.append(
             f"Accuracy on the held-out samples: {percent(heldout.accuracy_before, decimals=2)} before, "
