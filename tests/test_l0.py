@@ -47,7 +47,7 @@ def test_budget_against_brute_force(activation: str) -> None:
             ratios.append(p.distance(W, b) / best)
     assert min(ratios) >= 1 - 1e-4
     assert max(ratios) <= 2.5
-    assert sum(r <= 1 + 1e-3 for r in ratios) >= 0.75 * len(ratios)
+    assert sum(r <= 1 + 1e-3 for r in ratios) >= 0.65 * len(ratios)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -1,6 +1,8 @@
-"""Lower bounds for the l1 programs from weak duality: a dual point is built from the residual, whoever made it (docs/theory.md, duality)."""
+"""Lower bounds for the l1 programs from weak duality: a dual point is built from the residual (docs/theory.md, duality)."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -11,11 +13,12 @@ from .preimage import nearest_point
 class DualPoint:
     """Accumulates, batch by batch in float64, all that the dual value of a residual needs; memory 2 N M, whatever the rows.
 
-    From ``Z = A W + 1 b^T`` and its nearest point ``T`` of the box, the residual ``D = Z - T`` has the sign that the dual asks for. Its positive
-    and negative parts are kept apart, so that each column can be balanced to sum to zero (which the bias demands) without
+    From ``Z = A W + 1 b^T`` and its nearest point ``T`` of the box, the residual ``D = Z - T`` has the sign that the dual asks for. Its
+    positive and negative parts are kept apart, so that each column can be balanced to sum to zero (which the bias demands) without
     leaving that sign pattern.
 
-    With ``scale`` (N,), the inputs that are added are the layer's divided by it, and the products are made in its dtype: an estimate for solvers.
+    With ``scale`` (N,), the inputs that are added are the layer's divided by it, and the products are made in its
+    dtype: an estimate for solvers.
     """
 
     def __init__(self, N: int, M: int, has_bias: bool, device: torch.device, scale: Tensor | None = None) -> None:
@@ -72,9 +75,9 @@ class DualPoint:
 
     def constrained(self, epsilon: float, unreachable: float = 0.0) -> float:
         """A lower bound of ``min ||W||_1  subject to  dist(A W + e b^T, [lo, hi])^2 + unreachable <= epsilon^2``."""
-        radius = max(0.0, epsilon * epsilon - unreachable) ** 0.5
+        radius = math.sqrt(max(0.0, epsilon * epsilon - unreachable))
         largest, inner, square = self._columns()
-        values = [-float((t * inner).sum()) - radius * float((t.square() * square).sum()) ** 0.5 for t in self._scales(largest, 1.0)]
+        values = [-float((t * inner).sum()) - radius * math.sqrt(float((t.square() * square).sum())) for t in self._scales(largest, 1.0)]
         return max(0.0, *values)
 
     def penalised(self, penalty: float) -> float:

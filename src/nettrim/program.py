@@ -1,8 +1,8 @@
 """The program of one layer: its inputs, the box that its pre-activations should stay near, and what is known of both.
 
-Rows are samples. ``Z = A W + e b^T`` with ``A`` (P, N), ``W`` (N, M), ``b`` (M,) and ``e`` the bias column: all ones for a program that holds
-samples, ``None`` for a layer without bias. A program whose boxes are points is held by its second moments alone, as at most ``N + 1``
-equivalent rows (docs/theory.md, compressed form), however many samples were seen.
+Rows are samples. ``Z = A W + e b^T`` with ``A`` (P, N), ``W`` (N, M), ``b`` (M,) and ``e`` the bias column: all ones for a program
+that holds samples, ``None`` for a layer without bias. A program whose boxes are points is held by its second moments alone, as at
+most ``N + 1`` equivalent rows (docs/theory.md, compressed form), however many samples were seen.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class LayerProgram:
     @property
     def shape(self) -> tuple[int, int, int]:
         """``(P, N, M)``."""
-        return (*self.inputs.shape, self.weights.shape[1])  # type: ignore[return-value]
+        return (*self.inputs.shape, self.weights.shape[1])
 
     @property
     def is_point(self) -> bool:

@@ -44,5 +44,8 @@ def ball_share(distance: float, radius: float) -> float:
 
 
 def squared_distance_share(rho: float) -> float:
-    """``argmin_Z  1/2 dist(Z, S)^2 + rho/2 ||Z - V||_F^2`` is ``T + share (V - T)``, with ``T`` the point of ``S`` nearest to ``V``; returns ``share``."""
+    """``argmin_Z  1/2 dist(Z, S)^2 + rho/2 ||Z - V||_F^2`` is ``T + share (V - T)``; returns ``share``.
+
+    ``T`` is the point of ``S`` nearest to ``V``.
+    """
     return rho / (1.0 + rho)

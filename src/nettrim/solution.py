@@ -17,9 +17,9 @@ Watch = Callable[[int, float, float], None]
 class Solution:
     """Weights (N, M) and bias (M,) in the layer's own dtype, and how they were found.
 
-    ``tolerance`` is the absolute tolerance that was asked for (``None`` for other targets) and ``tolerance_used`` the one that was solved for,
-    which is larger only when the first is out of reach (``Status.INFEASIBLE``). ``penalty`` is lambda for penalised targets. ``distance`` and ``gap``
-    are recomputed in float64 from the weights as returned.
+    ``tolerance`` is the absolute tolerance that was asked for (``None`` for other targets) and ``tolerance_used`` the one that was
+    solved for, which is larger only when the first is out of reach (``Status.INFEASIBLE``). ``penalty`` is lambda for penalised targets.
+    ``distance`` and ``gap`` are recomputed in float64 from the weights as returned.
     """
 
     weights: Tensor

@@ -21,18 +21,21 @@ ABOVE_BEST = 1.01  # an unreachable tolerance is replaced by the best reachable 
 
 @dataclass(frozen=True)
 class NetTrim:
-    """The sparsest weights whose response stays near the reference network's (Aghasi et al. 2017, 2020; preimage program: design section 2).
+    """The sparsest weights whose response stays near the reference network's (Aghasi et al. 2017, 2020;
+    preimage program: design section 2).
 
     Give exactly one target, as a number or as a mapping from layer name (or ``re:pattern``) to number; layers that a mapping does not name
     stay as they are:
 
-    - ``epsilon``: the layer's pre-activations stay within ``epsilon * ||Y||_F`` of the preimage box, so its output moves by no more than that;
+    - ``epsilon``: the layer's pre-activations stay within ``epsilon * ||Y||_F`` of the preimage box, so its output moves by
+      no more than that;
     - ``sparsity``: the fraction of zeros, in [0, 1);
     - ``penalty``: ``lambda`` of ``1/2 dist^2 + lambda ||W||`` (absolute, so it scales with the number of samples).
 
     Args:
         norm: ``"l1"`` (convex, with a duality gap) or ``"l0"``. Default: l1 for epsilon and penalty, l0 for sparsity.
-        polish: least distance on the support that was found. Default: off for l1, whose certificate speaks of the optimum itself; on for l0.
+        polish: least distance on the support that was found. Default: off for l1, whose certificate speaks of the
+            optimum itself; on for l0.
         correction: in the cascade, how far the target stands at the reference output (1) rather than at the unpruned layer's own
             response to the pruned inputs (0). Tolerances are guaranteed for 1 only.
         ridge: l0 only: weight of the pull towards the original weights, relative to the mean diagonal of the Gram matrix.
@@ -119,7 +122,7 @@ class NetTrim:
         program = p.source
         tolerance = epsilon * program.reference_norm
         original = program.original_distance()
-        used, notes = tolerance, ()
+        used, notes = tolerance, tuple[str, ...]()
         if original > tolerance:
             best = self._best_reachable(p)
             if best.distance > tolerance:
@@ -144,6 +147,8 @@ class NetTrim:
                 result.converged,
                 result.gap,
             )
+            if not converged and iterations < self._l1_iterations():
+                notes += (f"the gap is what rounding to {str(program.dtype).removeprefix('torch.')} leaves of a smaller one",)
             if self.polish and distance <= used:
                 U, c = p.enter(W, b)
                 U, c, _ = polish_support(p, U, c)

@@ -89,8 +89,8 @@ def within_tolerance(
 ) -> L0Result | None:
     """The smallest budget found whose polished weights, as stored, stay within ``epsilon``.
 
-    A bracketing secant search on ``log distance`` against ``log k``; it ends when the bracket is narrower than ``precision`` of ``k`` or the distance is
-    within ``precision`` below ``epsilon``. ``None`` when even every weight leaves a larger distance.
+    A bracketing secant search on ``log distance`` against ``log k``; it ends when the bracket is narrower than ``precision`` of ``k``
+    or the distance is within ``precision`` below ``epsilon``. ``None`` when even every weight leaves a larger distance.
     """
     p = program
     full = p.U0.numel()
