@@ -40,7 +40,7 @@ class NetTrim:
             response to the pruned inputs (0). Tolerances are guaranteed for 1 only.
         ridge: l0 only: weight of the pull towards the original weights, relative to the mean diagonal of the Gram matrix.
         gap: l1 only: relative duality gap at which the solver stops.
-        max_iterations: iterations of one solve; the default is 3000 for l1 and 300 for l0.
+        max_iterations: iterations of one solve; the default is 3000 for l1 and 500 for l0.
 
     Raises:
         InvalidInput: not exactly one target, or a setting outside its range.
@@ -113,10 +113,10 @@ class NetTrim:
         return self._within_budget(standard, target, watch)
 
     def _l1_iterations(self) -> int:
-        return self.max_iterations or 3000
+        return self.max_iterations or 5000
 
     def _l0_iterations(self) -> int:
-        return self.max_iterations or 300
+        return self.max_iterations or 500
 
     def _within_tolerance(self, p: StandardProgram, epsilon: float, watch: Watch | None) -> Solution:
         program = p.source

@@ -72,14 +72,16 @@ def within_tolerance(
     rho = max(0.2 * float((p.U0.abs() * weight).sum()) / (goal * far), 1e-30)
     radius = goal
     best: L1Result | None = None
+    check, before = CHECK_EVERY, (0, math.inf)
     for iteration in range(1, max_iterations + 1):
         threshold = weight / (rho * BETA)
         loop.split_step(lambda V, t=threshold: soft_threshold(V, t), BETA, rho, radius)  # type: ignore[misc]
         if iteration in TUNE_AT:
             rho = _tune(loop, weight, rho, radius, RHO * math.sqrt(goal / far))
-        if iteration % CHECK_EVERY == 0 or iteration == max_iterations:
+        if iteration in (check, max_iterations):
             c = _best_offset(p, loop.D, loop.c)
             reached, estimate = _estimate(p, loop.D, c, weight, goal)
+            check, before = iteration + _steps_to(gap, before, (iteration, estimate)), (iteration, estimate)
             if watch is not None:
                 watch(iteration, math.hypot(reached, math.sqrt(p.unreachable)), _density(loop.D))
             last = iteration == max_iterations
@@ -96,6 +98,15 @@ def within_tolerance(
                 radius = min(goal, radius * min(goal / max(reached, 1e-30), 1.02))
     assert best is not None
     return best
+
+
+def _steps_to(gap: float, before: tuple[int, float], now: tuple[int, float]) -> int:
+    """Iterations until the next check: where the gap will be reached if it goes on falling as between the last two checks."""
+    (i, old), (j, new) = before, now
+    if not 0 < new < old < 1:
+        return CHECK_EVERY
+    steps = 1.05 * (j - i) * math.log(new / gap) / math.log(old / new)
+    return min(max(math.ceil(steps), CHECK_EVERY // 5), CHECK_EVERY)
 
 
 def _tune(loop: GramADMM, weight: Tensor, rho: float, radius: float, aim: float) -> float:
