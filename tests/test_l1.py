@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -138,7 +139,7 @@ def test_watch_sees_distances_and_densities() -> None:
     seen: list[tuple[int, float, float]] = []
     l1.within_tolerance(standardise(p), 0.1 * p.reference_norm, gap=1e-4, max_iterations=500, watch=lambda *a: seen.append(a))
     steps = [i for i, _, _ in seen]
-    assert steps[0] == l1.CHECK_EVERY and all(0 < j - i <= l1.CHECK_EVERY for i, j in zip(steps, steps[1:], strict=False))
+    assert steps[0] == l1.CHECK_EVERY and all(0 < j - i <= l1.CHECK_EVERY for i, j in itertools.pairwise(steps))
     assert all(d >= 0 and 0 <= k <= 1 for _, d, k in seen)
     assert abs(seen[-1][1] / p.reference_norm - 0.1) < 1e-3
 
