@@ -26,8 +26,7 @@ class Status(Enum):
 
 _REMEDIES: dict[Status, str] = {
     Status.CONVERGED: "nothing to do",
-    Status.ITERATION_LIMIT: "raise max_iterations, or accept the stated duality gap (where a note says that rounding limits it, only "
-    "a finer dtype lowers it)",
+    Status.ITERATION_LIMIT: "raise max_iterations, or accept the stated duality gap (rounding may limit it)",
     Status.INFEASIBLE: "no weights reach this tolerance on these inputs: the best reachable distance was used; "
     "raise epsilon for this layer or lower it for the layers before",
     Status.ORIGINAL_KEPT: "only the original weights were found to meet this tolerance: raise epsilon",
