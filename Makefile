@@ -2,6 +2,7 @@
 # make test        style, types and the fast tests
 # make slow        the slow tests
 # make benchmarks  the benchmarks, which print their tables
+# make reproduce   the published experiments in full (long; an interrupted run continues)
 # make clean       remove what the tools left behind (the virtual environment stays)
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ INPUTS := pyproject.toml constraints.txt
 # One thread for each test process: two processes already fill two cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: demo test slow benchmarks clean
+.PHONY: demo test slow benchmarks reproduce clean
 
 demo: $(DATA_STAMP)
 	$(BIN)/nettrim demo --output out/demo
@@ -31,6 +32,9 @@ slow: $(DEV_STAMP)
 benchmarks: $(DATA_STAMP)
 	$(BIN)/python benchmarks/first_layer.py
 	$(BIN)/python benchmarks/whole_network.py
+
+reproduce: $(DATA_STAMP)
+	$(BIN)/nettrim reproduce recovery --output out/reproduce
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -29,7 +29,7 @@ class Schedule:
     growth: tuple[tuple[float, float], ...]
 
 
-CAREFUL = Schedule(0.02, ((0.1, 1.08), (0.005, 1.05), (0.0, 1.03)))  # one budget: about 3 % less distance for twice the iterations
+CAREFUL = Schedule(0.02, ((0.1, 1.08), (0.005, 1.05), (0.0, 1.03)))  # one budget: less distance for about twice the iterations
 BRISK = Schedule(0.03, ((0.1, 1.15), (0.005, 1.10), (0.0, 1.05)))  # searches, which solve many budgets
 
 
