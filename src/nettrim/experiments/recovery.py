@@ -14,7 +14,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,6 +29,7 @@ from scipy.optimize import linprog
 from ..bounds import expected_transition, samples_for_recovery
 from ..recovery import Verdict, is_unique_minimiser
 from ..status import InvalidInput
+from .journal import Journal, Record
 
 Entries = Literal["gaussian", "signs"]
 Array = NDArray[np.float64]
@@ -41,7 +42,7 @@ SPARSITIES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 QUICK_SPARSITIES = (1, 2, 4, 8, 16, 32)
 _TRIALS, _QUICK_TRIALS = 60, 25
 _CERTIFIED = 5  # trials of each (N, s) whose verdicts on both sides of the threshold are computed
-_FORMAT = 1
+_FORMAT = 2
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -160,20 +161,15 @@ def run(
     started = {"format": _FORMAT, "seed": seed, "entries": entries, "recovered": RECOVERED}
     keys = _plan(N, sparsities, trials, seed, quick, sizes, entries, processes)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "recovery.jsonl"
-    done = _read(path, started) if resume and path.exists() else {}
-    _write(path, started, done.values())
-    missing = [key for key in keys if key not in done]
-    finished = len(keys) - len(missing)
-    progress(finished, len(keys), "resumed" if finished else "started")
-    with path.open("a", encoding="utf-8") as file:
+    with Journal(out / "recovery.jsonl", started, resume=resume) as journal:
+        missing = [key for key in keys if _name(key) not in journal]
+        finished = len(keys) - len(missing)
+        progress(finished, len(keys), "resumed" if finished else "started")
         for trial in _solve(missing, seed, entries, processes):
-            done[_key(trial)] = trial
-            file.write(_line(trial))
-            file.flush()
+            journal.add(_name((trial.inputs, trial.sparsity, trial.trial)), asdict(trial))
             finished += 1
             progress(finished, len(keys), f"N = {trial.inputs}, s = {trial.sparsity}: recovered from {trial.threshold} samples on")
-    wanted = [done[key] for key in keys]
+    wanted = [_trial(journal.records[_name(key)]) for key in keys]
     files = ("recovery.jsonl", "recovery.json", "recovery.png", "recovery.svg")
     summary = summarise(wanted, N, seed, entries, files)
     (out / "recovery.json").write_text(json.dumps(summary.to_dict(), indent=1) + "\n", encoding="utf-8")
@@ -390,34 +386,11 @@ def _key(trial: Trial) -> tuple[int, int, int]:
     return trial.inputs, trial.sparsity, trial.trial
 
 
-def _line(trial: Trial) -> str:
-    return json.dumps(asdict(trial)) + "\n"
+def _name(key: tuple[int, int, int]) -> str:
+    return "N={} s={} trial={}".format(*key)
 
 
-def _write(path: Path, header: dict[str, Any], trials: Iterable[Trial]) -> None:
-    """Rewrite the file through a second one, so that an interruption here loses nothing; a half-written last line disappears."""
-    fresh = path.with_suffix(".jsonl.part")
-    fresh.write_text(json.dumps(header) + "\n" + "".join(map(_line, trials)), encoding="utf-8")
-    fresh.replace(path)
-
-
-def _read(path: Path, header: dict[str, Any]) -> dict[tuple[int, int, int], Trial]:
-    remedy = "choose another folder, or resume=False to start afresh"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    trials: dict[tuple[int, int, int], Trial] = {}
-    for number, line in enumerate(lines):
-        try:
-            record = json.loads(line)
-            if number == 0:
-                if record != header:
-                    raise InvalidInput(f"{path} must belong to a run with {header}, found {record}: {remedy}")
-                continue
-            record["attempts"] = tuple(Attempt(**attempt) for attempt in record["attempts"])
-            record["certified"] = None if record["certified"] is None else Certified(**record["certified"])
-            trial = Trial(**record)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            if number == len(lines) - 1:  # the run was cut off while writing it
-                continue
-            raise InvalidInput(f"{path} must hold one JSON record a line, found something else in line {number + 1}: {remedy}") from error
-        trials[_key(trial)] = trial
-    return trials
+def _trial(record: Record) -> Trial:
+    attempts = tuple(Attempt(**attempt) for attempt in record["attempts"])
+    certified = None if record["certified"] is None else Certified(**record["certified"])
+    return Trial(**record | {"attempts": attempts, "certified": certified})
