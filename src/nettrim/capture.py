@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -316,9 +316,9 @@ def layer_program(
             start += len(x)
             filled += len(chosen)
     if moments is not None:
-        return moments.program()
+        return replace(moments.program(), name=name)
     assert kept_inputs is not None and kept_reference is not None
-    return from_rows(kept_inputs, kept_reference, activation, W, b, dtype=dtype)
+    return replace(from_rows(kept_inputs, kept_reference, activation, W, b, dtype=dtype), name=name)
 
 
 def paired(

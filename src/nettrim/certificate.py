@@ -29,7 +29,8 @@ class LayerCertificate:
     ``"stated"`` by the user, ``"stated against the graph"``, or ``"not seen"`` (matched linearly). ``gap`` is the relative duality gap
     of the l1 program of kind ``gap_kind`` (``"epsilon"``, ``"penalty"`` or ``""`` for none) at ``gap_level`` (absolute): at most that
     share of the stored weights' objective can be above the smallest possible. ``original_distance`` is the distance of the unpruned
-    weights on the same inputs.
+    weights on the same inputs. ``theorem`` is the published bound of the discrepancy, from the tolerances and the sums of absolute weights
+    alone (docs/theory.md, 4.3); ``None`` where layers have no tolerance or form no chain.
     """
 
     name: str
@@ -49,6 +50,7 @@ class LayerCertificate:
     gap_level: float = 0.0
     original_distance: float = 0.0
     source: str = "graph"
+    theorem: float | None = None
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,14 @@ class LayerTally:
         return relative_gap(self.distance / 2 + self.gap_level * norm, self.dual.penalised(self.gap_level))
 
     def certificate(
-        self, name: str, tolerance: float | None, bound: float | None, reason: str, source: str = "graph", rounding: float = ROUNDING
+        self,
+        name: str,
+        tolerance: float | None,
+        bound: float | None,
+        reason: str,
+        source: str = "graph",
+        rounding: float = ROUNDING,
+        theorem: float | None = None,
     ) -> LayerCertificate:
         """The layer's certificate, given the absolute tolerance it must meet and the proven bound of its discrepancy.
 
@@ -209,8 +218,9 @@ class LayerTally:
         distance, discrepancy = math.sqrt(self.distance), math.sqrt(self.discrepancy)
         # a nan is never within anything
         holds = tolerance is None or distance <= tolerance * (1 + rounding) + rounding * math.sqrt(self.reference)
-        if bound is not None:
-            holds = holds and discrepancy <= bound * (1 + rounding) + rounding * math.sqrt(self.reference_all)
+        for proven in (bound, theorem):
+            if proven is not None:
+                holds = holds and discrepancy <= proven * (1 + rounding) + rounding * math.sqrt(self.reference_all)
         return LayerCertificate(
             name=name,
             activation=self.activation.name,
@@ -229,6 +239,7 @@ class LayerTally:
             gap_level=self.gap_level,
             original_distance=math.sqrt(self.original_distance),
             source=source,
+            theorem=theorem,
         )
 
 

@@ -78,6 +78,13 @@ class MethodName(StrEnum):
     magnitude = "magnitude"
 
 
+class Program(StrEnum):
+    """Which program of a layer is solved."""
+
+    preimage = "preimage"
+    halfspace = "halfspace"
+
+
 class ExperimentName(StrEnum):
     """Published experiments that can be repeated."""
 
@@ -115,6 +122,11 @@ def prune_command(
     method: Annotated[MethodName, typer.Option(help="Pruning method.")] = MethodName.nettrim,
     norm: Annotated[Norm | None, typer.Option(help="Default: l1 for epsilon and penalty, l0 for sparsity.")] = None,
     polish: Annotated[bool | None, typer.Option(help="Least distance on the final support. Default: off for l1, on for l0.")] = None,
+    program: Annotated[Program, typer.Option(help="Ours, or the published one (halfspace).")] = Program.preimage,
+    gamma: Annotated[
+        list[str] | None, typer.Option(help="Cascade: tolerances after the first layer, as published: a number, or LAYER=NUMBER.")
+    ] = None,
+    kappa: Annotated[float, typer.Option(help="With --gamma: factor on the tolerance of a layer without activation.")] = 1.0,
     scheme: Annotated[
         Scheme, typer.Option(help="Whose inputs a layer sees: the pruned network's or the reference network's.")
     ] = Scheme.cascade,
@@ -128,7 +140,8 @@ def prune_command(
     as_json: Json = False,
 ) -> None:
     """Prune a trained model and save it with its report and certificate."""
-    chosen = _method(method, norm, polish, _target("epsilon", epsilon), _target("sparsity", sparsity), _target("penalty", penalty))
+    targets = {name: _target(name, texts) for name, texts in (("epsilon", epsilon), ("sparsity", sparsity), ("penalty", penalty))}
+    chosen = _method(method, norm, polish, program, _target("gamma", gamma), kappa, targets)
     checkpoint.check_writable(output)
     network = model_from(model, weights)
     result = prune(
@@ -304,15 +317,31 @@ def _number(name: str, text: str) -> float:
 
 
 def _method(
-    name: MethodName, norm: Norm | None, polish: bool | None, epsilon: PerLayer | None, sparsity: PerLayer | None, penalty: PerLayer | None
+    name: MethodName,
+    norm: Norm | None,
+    polish: bool | None,
+    program: Program,
+    gamma: PerLayer | None,
+    kappa: float,
+    targets: Mapping[str, PerLayer | None],
 ) -> NetTrim | Magnitude:
     if name is MethodName.magnitude:
-        if sparsity is None or epsilon is not None or penalty is not None:
+        sparsity = targets["sparsity"]
+        if sparsity is None or any(value is not None for key, value in targets.items() if key != "sparsity"):
             raise InvalidInput("method magnitude needs --sparsity, and nothing else")
-        if norm is not None or polish is not None:
-            raise InvalidInput("method magnitude takes neither --norm nor --polish")
+        if norm is not None or polish is not None or program is not Program.preimage or gamma is not None or kappa != 1:
+            raise InvalidInput("method magnitude takes none of --norm, --polish, --program, --gamma and --kappa")
         return Magnitude(sparsity=sparsity)
-    return NetTrim(epsilon=epsilon, sparsity=sparsity, penalty=penalty, norm=None if norm is None else norm.value, polish=polish)
+    return NetTrim(
+        epsilon=targets["epsilon"],
+        sparsity=targets["sparsity"],
+        penalty=targets["penalty"],
+        program=program.value,
+        gamma=gamma,
+        kappa=kappa,
+        norm=None if norm is None else norm.value,
+        polish=polish,
+    )
 
 
 def _show(report: PruneReport, certificate: Certificate, folder: Path, as_json: bool) -> None:

@@ -30,8 +30,10 @@ class DualPoint:
         self.inner = torch.zeros(2, M, dtype=torch.float64, device=device)  # <D+, T>, <D-, T> by column
         self.square = torch.zeros(2, M, dtype=torch.float64, device=device)
 
-    def add(self, A: Tensor, Z: Tensor, lo: Tensor, hi: Tensor, column: Tensor | None = None) -> None:
+    def add(self, A: Tensor, Z: Tensor, lo: Tensor, hi: Tensor, column: Tensor | None = None, hard: Tensor | None = None) -> None:
         """Adds rows: inputs (p, N), pre-activations and boxes (p, M), and the bias column (p,) (ones when not given).
+
+        ``hard`` (p, M) marks boxes that are constraints: their multipliers cost nothing but their inner product (docs/theory.md, 3.3).
 
         With a bias column all rows come in one call; where the boxes are points as well, any sign is allowed, so the residual is
         made orthogonal to the column by projection (a compressed program's column is zero on most rows and cannot be balanced).
@@ -47,7 +49,7 @@ class DualPoint:
             self.correlation[i].addmm_(A.T, part)
             self.total[i] += part.sum(0) if column is None else column @ part
             self.inner[i] += (part * T).sum(0)
-            self.square[i] += part.square().sum(0)
+            self.square[i] += (part if hard is None else part.masked_fill(hard, 0.0)).square().sum(0)
 
     def _columns(self) -> tuple[Tensor, Tensor, Tensor]:
         """``||A^T theta||_inf``, ``<theta, T>`` and ``||theta||^2`` by column, of the balanced residual."""

@@ -26,7 +26,8 @@ class LayerProgram:
     ``inputs`` (P, N), ``lo`` and ``hi`` (P, M), ``bias_column`` (P,) or ``None``, ``weights`` (N, M) and ``bias`` (M,) the original ones,
     ``reference_norm`` the Frobenius norm of the layer's reference output, ``rows`` the number of samples that the program
     stands for, ``unreachable`` the squared distance that no weights can remove (compressed programs only), ``dtype`` the dtype
-    in which the layer stores its weights.
+    in which the layer stores its weights. In a ``hard`` program only points may be missed: every other box is a constraint (the published
+    program, :mod:`nettrim.halfspace`). ``name`` is the layer's, for settings that differ by layer.
     """
 
     inputs: Tensor
@@ -39,6 +40,8 @@ class LayerProgram:
     rows: int
     unreachable: float = 0.0
     dtype: torch.dtype = torch.float32
+    hard: bool = False
+    name: str = ""
 
     def __post_init__(self) -> None:
         if self.inputs.ndim != 2 or self.weights.ndim != 2:
@@ -93,6 +96,13 @@ class LayerProgram:
     def original_distance(self) -> float:
         """The distance of the layer's own weights."""
         return self.distance(self.weights, self.bias)
+
+    def is_moved(self) -> bool:
+        """Whether the inputs are not the reference network's any more: the layer's own weights then miss the reference output.
+
+        Distances that rounding to the layer's dtype could give count as none.
+        """
+        return self.original_distance() > 8 * torch.finfo(self.dtype).eps * self.reference_norm
 
 
 def from_rows(
@@ -217,7 +227,7 @@ class StandardProgram:
 
     ``A`` (P, n) has columns orthogonal to ``e``, of unit norm on average (each of them when ``standardise`` had ``power`` 1);
     ``U = scale * W`` on the live inputs; ``Z = A U + e c^T``. ``values`` and ``vectors`` are the eigendecomposition of the Gram matrix
-    ``A^T A``, which serves every penalty value.
+    ``A^T A``, which serves every penalty value. ``hard`` (P, M) marks the boxes that are constraints, ``None`` when there are none.
     """
 
     A: Tensor
@@ -234,6 +244,7 @@ class StandardProgram:
     c0: Tensor | None
     unreachable: float
     source: LayerProgram
+    hard: Tensor | None = None
 
     @property
     def e_square(self) -> float:
@@ -336,6 +347,7 @@ def standardise(program: LayerProgram, dtype: torch.dtype | None = None, *, powe
         c0=None,
         unreachable=program.unreachable,
         source=program,
+        hard=program.lo != program.hi if program.hard and not program.is_point else None,
     )
     U0, c0 = standard.enter(program.weights, program.bias)
     return replace(standard, U0=U0, c0=c0)

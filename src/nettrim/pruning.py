@@ -117,9 +117,12 @@ def prune(
         raise InvalidInput(f"max_samples must be a whole number of at least 1, found {max_samples!r}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise InvalidInput(f"seed must be a whole number of at least 0, found {seed!r}")
+    if scheme == "parallel" and method.needs_cascade:
+        raise InvalidInput(f"{type(method).__name__}: {method.needs_cascade} speaks of the cascade; leave it out, or pass scheme='cascade'")
     names = select(model, layers, ignore)
-    if isinstance(method.targets, Mapping):
-        resolve(method.targets, names, type(method).__name__ + f".{method.kind}")
+    for setting, value in method.layer_settings.items():
+        if isinstance(value, Mapping):
+            resolve(value, names, f"{type(method).__name__}.{setting}")
     stated = _stated(activations or {}, names)
     batches = Calibration(calibration)
     unseen = None if heldout is None else Calibration(heldout, "heldout")
@@ -240,6 +243,10 @@ class _Run:
             notes.append(f"called {calls} times in a pass: all calls count as rows of one program")
             if self.scheme == "cascade":
                 notes.append("its later inputs depend on itself: the certificate checks its tolerance on the finished network")
+        if solution.inflation is not None:
+            notes.append(f"tolerance: {solution.inflation:.4g} times the distance of its original weights (gamma)")
+        if solution.violation is not None:
+            notes.append(f"the largest violation of its constraints off Omega is {solution.violation:.2g}")
         if self.found.rows[name] > program.rows:
             notes.append(f"{program.rows} of {self.found.rows[name]} rows were used (max_samples)")
         exact = self.scheme == "parallel" or self.method.correction == 1
@@ -253,7 +260,7 @@ class _Run:
                 outputs=layer.shape[1],
                 activation=reading.activation.name,
                 reading=reading.words,
-                target=f"{self.method.kind} {target:g}",
+                target=f"{self.method.kind} {target:g}" if solution.inflation is None else f"inflation {solution.inflation:g}",
                 status=solution.status,
                 nonzeros=int((solution.weights != 0).sum()),
                 weights=solution.weights.numel(),
@@ -267,6 +274,7 @@ class _Run:
                 seconds=time.perf_counter() - self.begun,
                 dead_inputs=dead_inputs(program),
                 notes=tuple(notes),
+                violation=solution.violation,
             )
         )
         kind = self.method.certified_program if solution.gap is not None and exact else ""
@@ -285,7 +293,7 @@ class _Run:
     def certify(self, notice: str) -> Certificate:
         setup = Setup(
             method=self.method.describe(),
-            program="preimage",
+            program=self.method.program,
             scheme=self.scheme,
             arithmetic=notice or "float64",
             max_samples=self.max_samples,

@@ -15,7 +15,10 @@ class LayerReport:
 
     ``distance``, ``tolerance`` and ``reference_norm`` are Frobenius norms over the rows that the layer's program
     used: the distance of the pre-activations to the preimage box, what it was allowed to be (``None`` for sparsity
-    and penalty targets), and the norm of the layer's reference output.
+    and penalty targets), and the norm of the layer's reference output. ``target`` is ``"epsilon 0.02"``, ``"sparsity 0.9"``,
+    ``"penalty 3"``, or ``"inflation 1.05"``: that many times the original weights' distance, which gamma gave. ``violation`` is the
+    most by which a constraint of the published program is missed, in units of the pre-activations (``None`` for programs without
+    constraints).
     """
 
     name: str
@@ -38,6 +41,7 @@ class LayerReport:
     seconds: float
     dead_inputs: int
     notes: tuple[str, ...] = ()
+    violation: float | None = None
 
     @property
     def density(self) -> float:

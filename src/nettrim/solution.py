@@ -19,7 +19,10 @@ class Solution:
 
     ``tolerance`` is the absolute tolerance that was asked for (``None`` for other targets) and ``tolerance_used`` the one that was
     solved for, which is larger only when the first is out of reach (``Status.INFEASIBLE``). ``penalty`` is lambda for penalised targets.
-    ``distance`` and ``gap`` are recomputed in float64 from the weights as returned.
+    ``distance`` and ``gap`` are recomputed in float64 from the weights as returned (the gap of the published program is the solver's own:
+    its constraints have multipliers that no residual shows). ``violation`` is the most by which a constraint of the published
+    program is missed; ``None`` for programs without constraints. ``inflation`` is the factor on the original weights' distance that gave
+    the tolerance, where gamma did.
     """
 
     weights: Tensor
@@ -31,4 +34,6 @@ class Solution:
     tolerance_used: float | None = None
     penalty: float | None = None
     gap: float | None = None
+    violation: float | None = None
+    inflation: float | None = None
     notes: tuple[str, ...] = ()

@@ -113,7 +113,12 @@ def certify(
     bounds = _Bounds(claims, tallies, chain, pruned.model, reference.model, setup.scheme)
     layers = tuple(
         tallies[claim.name].certificate(
-            claim.name, claim.tolerance, *bounds.of_layer(claim.name, found.calls[claim.name]), claim.source, rounding_of(reference)
+            claim.name,
+            claim.tolerance,
+            *bounds.of_layer(claim.name, found.calls[claim.name]),
+            claim.source,
+            rounding_of(reference),
+            bounds.theorem.get(claim.name),
         )
         for claim in claims
     )
@@ -154,6 +159,7 @@ class _Bounds:
             name: entry_norm(weight) for name, weight in _chain_weights(chain, original if scheme == "cascade" else pruned).items()
         }
         self.after: dict[str, float] = {}
+        self.theorem: dict[str, float] = {}
         self.last: str | None = None
         self.output: float | None = None
         self.output_from_tolerances: float | None = None
@@ -182,6 +188,8 @@ class _Bounds:
                 from_tolerances = stated + spectral * from_tolerances
                 link = stated + self.entries[name] * link
             self.after[name] = value
+            if pruned and complete and math.isfinite(link):
+                self.theorem[name] = link
         if not self.chain.reason:
             self.output = value
             if complete and self.tolerances:

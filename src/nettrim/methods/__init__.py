@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from ..program import LayerProgram
@@ -25,8 +26,20 @@ class Method(Protocol):
         """A number, or a mapping by layer."""
 
     @property
+    def layer_settings(self) -> Mapping[str, PerLayer]:
+        """Every setting that may differ by layer, the target among them, by name."""
+
+    @property
     def correction(self) -> float:
         """Where the cascade's target stands: 1 at the reference output."""
+
+    @property
+    def program(self) -> str:
+        """Which program of a layer is solved: ``"preimage"``, ``"halfspace"``, or ``"none"``."""
+
+    @property
+    def needs_cascade(self) -> str:
+        """The name of a setting that only the cascade can honour, if one was given; otherwise empty."""
 
     @property
     def certified_program(self) -> str:

@@ -20,6 +20,8 @@ class Magnitude:
     correction = 1.0
     kind = "sparsity"
     certified_program = ""
+    program = "none"
+    needs_cascade = ""
 
     def __post_init__(self) -> None:
         check_target("Magnitude", "sparsity", self.sparsity)
@@ -28,6 +30,11 @@ class Magnitude:
     def targets(self) -> PerLayer:
         """The sparsity: a number, or a mapping by layer."""
         return self.sparsity
+
+    @property
+    def layer_settings(self) -> dict[str, PerLayer]:
+        """The sparsity, by its name."""
+        return {"sparsity": self.sparsity}
 
     def describe(self) -> str:
         """One line for tables."""

@@ -1,4 +1,4 @@
-"""Net-Trim on the preimage program: within a tolerance, at a penalty, or within a budget."""
+"""Net-Trim, on the preimage or on the published program: within a tolerance, at a penalty, or within a budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ..solution import Solution, Watch
 from ..solvers import l0, l1
 from ..solvers.polish import polish as polish_support
 from ..status import InvalidInput, Status
-from .targets import PerLayer, check_target, kept_weights, target_for
+from . import published
+from .targets import PerLayer, check_target, kept_weights, numbers, target_for
 
 ABOVE_BEST = 1.01  # an unreachable tolerance is replaced by the best reachable distance times this
 
@@ -33,6 +34,11 @@ class NetTrim:
     - ``penalty``: ``lambda`` of ``1/2 dist^2 + lambda ||W||`` (absolute, so it scales with the number of samples).
 
     Args:
+        program: ``"preimage"``, or ``"halfspace"``: the published program, whose bias is penalised and whose outputs off Omega are held
+            to at most 0 (in the cascade, to the original weights' response); l1, epsilon or penalty only. Its lambda is twice ours.
+        gamma: with epsilon, cascade only; at least 1, a number or a mapping by layer. Layers whose inputs pruning has changed
+            take, instead of epsilon, the tolerance ``sqrt(gamma)`` times the distance of their own original weights (published).
+        kappa: risk coefficient in (0, 1]: factor on that tolerance for layers without activation. Below 1 it may be out of reach.
         norm: ``"l1"`` (convex, with a duality gap) or ``"l0"``. Default: l1 for epsilon and penalty, l0 for sparsity.
         polish: least distance on the support that was found. Default: off for l1, whose certificate speaks of the
             optimum itself; on for l0.
@@ -49,6 +55,9 @@ class NetTrim:
     epsilon: PerLayer | None = None
     sparsity: PerLayer | None = None
     penalty: PerLayer | None = None
+    program: Literal["preimage", "halfspace"] = "preimage"
+    gamma: PerLayer | None = None
+    kappa: float = 1.0
     norm: Literal["l1", "l0"] | None = None
     polish: bool | None = None
     correction: float = 1.0
@@ -64,6 +73,16 @@ class NetTrim:
         check_target("NetTrim", given[0], getattr(self, given[0]))
         if self.norm not in (None, "l1", "l0"):
             raise InvalidInput(f"NetTrim: norm must be 'l1' or 'l0', found {self.norm!r}")
+        if self.program not in ("preimage", "halfspace"):
+            raise InvalidInput(f"NetTrim: program must be 'preimage' or 'halfspace', found {self.program!r}")
+        if self.program == "halfspace":
+            self._check_published()
+        if self.gamma is not None:
+            self._check_gamma(self.gamma)
+        if not 0 < self.kappa <= 1:
+            raise InvalidInput(f"NetTrim: kappa must lie in (0, 1], found {self.kappa}")
+        if self.kappa < 1 and self.gamma is None:
+            raise InvalidInput(f"NetTrim: kappa ({self.kappa}) tightens tolerances that gamma gives; give gamma too")
         if not 0 <= self.correction <= 1:
             raise InvalidInput(f"NetTrim: correction must lie in [0, 1], found {self.correction}")
         if not 0 <= self.ridge < math.inf:
@@ -72,6 +91,26 @@ class NetTrim:
             raise InvalidInput(f"NetTrim: gap must lie in (0, 1), found {self.gap}")
         if self.max_iterations is not None and self.max_iterations < 1:
             raise InvalidInput(f"NetTrim: max_iterations must be at least 1, found {self.max_iterations}")
+
+    def _check_published(self) -> None:
+        if self.sparsity is not None:
+            raise InvalidInput("NetTrim: program='halfspace' takes epsilon or penalty; sparsity is a target of the preimage program")
+        if self.penalty is not None and any(value <= 0 for value in numbers(self.penalty)):
+            raise InvalidInput("NetTrim: program='halfspace' needs a penalty above 0; 0 would leave nothing to minimise")
+        for name, value, allowed in (("norm", self.norm, (None, "l1")), ("polish", self.polish, (None, False))):
+            if value not in allowed:
+                raise InvalidInput(f"NetTrim: program='halfspace' is solved as published, without {name}={value!r}; use 'preimage' for it")
+        if self.correction != 1:
+            raise InvalidInput(f"NetTrim: program='halfspace' aims at the reference output: correction must be 1, found {self.correction}")
+
+    def _check_gamma(self, gamma: PerLayer) -> None:
+        check_target("NetTrim", "gamma", gamma)
+        if self.epsilon is None:
+            raise InvalidInput(f"NetTrim: gamma says how tolerances grow; it needs epsilon, found {self.kind}")
+        if self.correction != 1:
+            raise InvalidInput(f"NetTrim: gamma needs the reference output as target: correction must be 1, found {self.correction}")
+        if any(value < 1 for value in numbers(gamma)):
+            raise InvalidInput(f"NetTrim: gamma must be at least 1, found {gamma}; kappa tightens the last layer")
 
     @property
     def kind(self) -> str:
@@ -93,11 +132,23 @@ class NetTrim:
     @property
     def certified_program(self) -> str:
         """Which l1 program's duality gap the certificate recomputes: ``"epsilon"``, ``"penalty"`` or ``""`` for none."""
-        return self.kind if self.chosen_norm == "l1" and self.kind != "sparsity" else ""
+        return self.kind if self.chosen_norm == "l1" and self.kind != "sparsity" and self.program == "preimage" else ""
+
+    @property
+    def layer_settings(self) -> dict[str, PerLayer]:
+        """The target, and gamma where it was given, by name."""
+        return {self.kind: self.targets} | ({} if self.gamma is None else {"gamma": self.gamma})
+
+    @property
+    def needs_cascade(self) -> str:
+        """``"gamma"`` when it was given."""
+        return "" if self.gamma is None else "gamma"
 
     def describe(self) -> str:
         """One line for tables."""
-        return f"NetTrim {self.chosen_norm}, preimage program"
+        gamma = "" if self.gamma is None else f", gamma {self.gamma:g}" if isinstance(self.gamma, (int, float)) else ", gamma by layer"
+        kappa = "" if self.kappa == 1 else f", kappa {self.kappa:g}"
+        return f"NetTrim {self.chosen_norm}, {self.program} program{gamma}{kappa}"
 
     def target(self, layer: str) -> float | None:
         """The target of that layer; ``None`` when a mapping does not name it."""
@@ -105,12 +156,32 @@ class NetTrim:
 
     def solve(self, program: LayerProgram, target: float, watch: Watch | None = None) -> Solution:
         """Solves one layer's program for ``target``, a number of the kind that was given."""
+        factor = self._inflated(program)
+        return replace(self._solve(program, target, factor, watch), inflation=factor)
+
+    def _solve(self, program: LayerProgram, target: float, factor: float | None, watch: Watch | None) -> Solution:
+        if self.program == "halfspace":
+            return self._published(program, target, factor, watch)
         standard = standardise(program, power=0.5 if self.chosen_norm == "l1" else 1.0)
         if self.kind == "epsilon":
-            return self._within_tolerance(standard, target, watch)
+            return self._within_tolerance(standard, target, factor, watch)
         if self.kind == "penalty":
             return self._penalised(standard, target, watch)
         return self._within_budget(standard, target, watch)
+
+    def _inflated(self, program: LayerProgram) -> float | None:
+        """The factor on the original weights' distance, for a layer that takes its tolerance from gamma."""
+        gamma = None if self.gamma is None else target_for(self.gamma, program.name)
+        if gamma is None or not program.is_moved():
+            return None
+        return math.sqrt(gamma) * (self.kappa if program.is_point else 1.0)
+
+    def _published(self, program: LayerProgram, target: float, factor: float | None, watch: Watch | None) -> Solution:
+        settings = published.Settings(self.gap, self._l1_iterations(), watch)
+        if self.kind == "penalty":
+            return published.penalised(program, target, program.is_moved(), settings)
+        epsilon = target * program.reference_norm if factor is None else None
+        return published.within_tolerance(program, epsilon, factor or 1.0, program.is_moved(), settings)
 
     def _l1_iterations(self) -> int:
         return self.max_iterations or 5000
@@ -118,17 +189,17 @@ class NetTrim:
     def _l0_iterations(self) -> int:
         return self.max_iterations or 500
 
-    def _within_tolerance(self, p: StandardProgram, epsilon: float, watch: Watch | None) -> Solution:
+    def _within_tolerance(self, p: StandardProgram, epsilon: float, factor: float | None, watch: Watch | None) -> Solution:
         program = p.source
-        tolerance = epsilon * program.reference_norm
         original = program.original_distance()
+        tolerance = epsilon * program.reference_norm if factor is None else factor * original
         used, notes = tolerance, tuple[str, ...]()
         if original > tolerance:
             best = self._best_reachable(p)
             if best.distance > tolerance:
                 used = min(best.distance * ABOVE_BEST, original)
                 share = best.distance / program.reference_norm if program.reference_norm > 0 else math.inf
-                notes = (f"epsilon {epsilon:g} is out of reach: the best reachable distance is {share:.4g} of the reference norm",)
+                notes = (f"{_asked(epsilon, factor)} is out of reach: the best reachable distance is {share:.4g} of the reference norm",)
         none = l1.no_weights(p)
         if none.distance <= tolerance:  # also where the reference output is zero, and the tolerance with it
             gap = 0.0 if self.chosen_norm == "l1" else None
@@ -232,3 +303,8 @@ class NetTrim:
                 W, b = p.restore(U, c)
         status = Status.CONVERGED if converged else Status.ITERATION_LIMIT
         return Solution(W, b, status, program.distance(W, b), iterations)
+
+
+def _asked(epsilon: float, factor: float | None) -> str:
+    """What the tolerance was asked to be, in words."""
+    return f"epsilon {epsilon:g}" if factor is None else f"{factor:.4g} times the original weights' distance"

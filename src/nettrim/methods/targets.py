@@ -33,6 +33,11 @@ def _check_number(method: str, label: str, kind: str, value: object) -> None:
         raise InvalidInput(f"{method}: {label} must be >= 0, found {value}")
 
 
+def numbers(target: PerLayer) -> list[float]:
+    """All numbers of a target."""
+    return [float(value) for value in (target.values() if isinstance(target, Mapping) else (target,))]
+
+
 def target_for(target: PerLayer, layer: str) -> float | None:
     """The number for that layer; ``None`` when a mapping does not name it."""
     value = lookup(target, layer) if isinstance(target, Mapping) else target

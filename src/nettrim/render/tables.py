@@ -195,6 +195,14 @@ def certificate_table(certificate: Certificate) -> Table:
             percent(share_of(network.bound, network.reference_norm), +1),
         ),
     ]
+    if certificate.program == "halfspace" and any(layer.theorem is not None for layer in layers):
+        columns.append(
+            _Column(
+                "theorem's\nbound",
+                [percent(share_over_all_rows(layer.theorem, layer), +1) for layer in layers],
+                percent(share_of(network.bound_link_normalised, network.reference_norm), +1),
+            )
+        )
     if any(layer.gap is not None for layer in layers):
         columns.append(_Column("gap", [percent(layer.gap, +1) for layer in layers]))
     columns.append(_Column("holds", [_yes_no(layer.holds) for layer in layers], _yes_no(network.holds)))

@@ -32,7 +32,8 @@ class GramADMM:
     """State and steps of the loop, in scaled form. Drivers (``l1``, ``l0``) choose proximal steps, penalties and when to stop.
 
     The split form keeps one array of the response's size: ``B = relaxed response + Y``, the argument of its last proximal step. With ``T``
-    the point of the box nearest to ``B``, that step is ``R = T + share (B - T)`` and leaves ``Y = (1 - share) (B - T)``.
+    the point of the box nearest to ``B``, that step is ``R = T + share (B - T)`` and leaves ``Y = (1 - share) (B - T)``. Where the
+    program's box is a hard constraint the share is 0: ``R = T``.
     """
 
     def __init__(self, program: StandardProgram, start: Tensor, *, relaxation: float = 1.8) -> None:
@@ -65,6 +66,10 @@ class GramADMM:
         self.cross.addmm_(p.A[rows].T, target)
         if total is not None and p.e is not None:
             total += p.e[rows] @ target
+
+    def _shares(self, rows: slice, hard: float, soft: float) -> Tensor | float:
+        """A factor for each entry of a block: ``soft``, and ``hard`` where the box is a hard constraint."""
+        return soft if self.program.hard is None else torch.where(self.program.hard[rows], hard, soft).to(self.work.dtype)
 
     def _weight_step(self, beta: float, ridge: float) -> Tensor:
         """``(G + (ridge + beta) I) U = cross + ridge U0 + beta (D - V)``."""
@@ -110,7 +115,7 @@ class GramADMM:
         total = None if self.c is None else torch.zeros_like(self.c)
         for rows, T in self._blocks():  # target = R - Y = T + (2 share - 1) (B - T)
             self._nearest(self.B[rows], rows, T)
-            self._gather(T.lerp_(self.B[rows], 2 * self.share - 1), rows, total)
+            self._gather(T.lerp_(self.B[rows], self._shares(rows, -1.0, 2 * self.share - 1)), rows, total)
         self.c = None if total is None else total / p.e_square
         self.U = self._weight_step(beta, 0.0)
         a = self.relaxation
@@ -123,18 +128,28 @@ class GramADMM:
         for rows, T in self._blocks():  # B = a Z + (1 - a) R + Y = a Z + (1 - a share) B + (a share - a) T
             B = self.B[rows]
             self._nearest(B, rows, T)
-            B.mul_(1 - kept).add_(T, alpha=kept - a)
+            B.lerp_(T, self._shares(rows, 0.0, kept)).add_(T, alpha=-a)
             p.add_response_(B, self.U, self.c, rows, alpha=a)
             self._nearest(B, rows, T)
-            square += torch.linalg.vector_norm(torch.sub(B, T, out=T)).double().square()
+            square += torch.linalg.vector_norm(self._soft(torch.sub(B, T, out=T), rows)).double().square()
         self.share = self._share(float(square.sqrt()), rho, radius)
 
     def _share(self, distance: float, rho: float, radius: float | None) -> float:
         return squared_distance_share(rho) if radius is None else ball_share(distance, radius)
 
+    def _soft(self, residual: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The residual where the box may be missed, 0 where it is a hard constraint; in place."""
+        return residual if self.program.hard is None else residual.masked_fill_(self.program.hard[rows], 0.0)
+
     def _distance_of_copy(self) -> float:
         assert self.B is not None
-        return float(torch.linalg.vector_norm(self.B - nearest_point(self.B, self.program.lo, self.program.hi)))
+        return float(torch.linalg.vector_norm(self._soft(self.B - nearest_point(self.B, self.program.lo, self.program.hi))))
+
+    def multiplier(self) -> tuple[Tensor, Tensor]:
+        """The point ``T`` (P, M) of the box nearest to ``B``, and the scaled dual ``Y`` (P, M); ``rho Y`` tends to the multiplier."""
+        assert self.B is not None
+        T = nearest_point(self.B, self.program.lo, self.program.hi)
+        return T, (self.B - T).mul_(self._shares(slice(None), 1.0, 1.0 - self.share))
 
     def rescale(self, old: float, new: float, radius: float | None) -> None:
         """Keeps the unscaled duals when ``rho`` changes from ``old`` to ``new``."""
@@ -143,5 +158,5 @@ class GramADMM:
         if self.B is None:
             return
         T = nearest_point(self.B, self.program.lo, self.program.hi)
-        self.B = torch.lerp(T, self.B, self.share + (1 - self.share) * factor)
+        self.B = T.lerp_(self.B, self._shares(slice(None), factor, self.share + (1 - self.share) * factor))
         self.share = self._share(self._distance_of_copy(), new, radius)
