@@ -7,19 +7,21 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from . import calibration as data
 from .calibration import Calibration
 from .graph import Graph, read
 from .layers import LayerView
 from .preimage import Activation
-from .program import LayerProgram, Moments, from_rows
 from .status import InvalidInput
+from .tasks import LayerTask, TaskBuilder
+from .units import Call, Unit, unit_of
 
 
 class _LastCall(BaseException):
@@ -30,12 +32,14 @@ class _LastCall(BaseException):
 class Replica:
     """A copy of a model for calibration passes: eval mode, on ``device``, in float64 where the model allows it.
 
-    ``dtype`` is the arithmetic of the passes (``None``: the model's own).
+    ``dtype`` is the arithmetic of the passes (``None``: the model's own). ``graph`` says what follows each layer, once it is known.
     """
 
     model: nn.Module
     device: torch.device
     dtype: torch.dtype | None
+    graph: Graph | None = None
+    _tapped: fx.GraphModule | None = None
 
     @property
     def precision(self) -> float:
@@ -49,34 +53,104 @@ class Replica:
     def views(self, names: Sequence[str]) -> dict[str, LayerView]:
         """The matrix views of its layers, which were checked when they were selected."""
         modules = dict(self.model.named_modules())
-        return {name: LayerView(name, cast(nn.Linear, modules[name])) for name in names}
+        return {name: LayerView(name, modules[name]) for name in names}
+
+    def units(self, names: Sequence[str]) -> dict[str, Unit]:
+        """Its layers with what follows them."""
+        assert self.graph is not None
+        modules = dict(self.model.named_modules())
+        return {name: unit_of(name, modules, self.graph.readings[name]) for name in names}
 
     def run(self, batch: Any) -> Any:
         """One forward pass without gradients."""
-        with torch.no_grad():
-            return data.forward(self.model, batch, self.device, self.dtype)
+        return self._forward(self.model, batch)
 
-    def calls(self, batch: Any, names: Sequence[str], expected: int | None = None) -> tuple[dict[str, list[tuple[Tensor, Tensor]]], Any]:
-        """One forward pass; the (input, output) of every call of the named layers as rows, and the network's output.
+    def _forward(self, module: nn.Module, batch: Any) -> Any:
+        with torch.no_grad():
+            return data.forward(module, batch, self.device, self.dtype)
+
+    def stream(self, batch: Any, names: Sequence[str], receive: Callable[[str, Call], None], expected: int | None = None) -> Any:
+        """One forward pass; every call of the named layers goes to ``receive`` as soon as all of it is known. Returns the output.
 
         With ``expected``, the pass ends after that many calls and the output is ``None``.
         """
-        seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
-        views = self.views(names)
+        readings = {} if self.graph is None else self.graph.readings
+        totals = {name: readings[name].total for name in names if name in readings and readings[name].total}
+        waiting: dict[str, tuple[Tensor, Tensor]] = {}
+        count = 0
 
-        def keep(name: str, x: Tensor, y: Tensor) -> None:
-            layer = views[name]
-            # copies: what comes later in the pass may change either in place (an activation with inplace=True, a residual +=)
-            seen[name].append((layer.rows(x).clone(), layer.outputs(y).clone()))
-            if expected is not None and sum(map(len, seen.values())) >= expected:
+        def done(name: str, call: Call) -> None:
+            nonlocal count
+            receive(name, call)
+            count += 1
+            if expected is not None and count >= expected:
                 raise _LastCall
 
-        with _hooks(self.model, names, keep):
+        def keep(name: str, x: Tensor, y: Tensor) -> None:
+            # copies: what comes later in the pass may change either in place (an activation with inplace=True, a residual +=)
+            if name in totals:
+                waiting[name] = (x.clone(), y.clone())
+            else:
+                done(name, Call(x.clone(), y.clone()))
+
+        def add(name: str, total: Tensor) -> None:
+            done(name, Call(*waiting.pop(name), total.clone()))
+
+        with _hooks(self.model, names, keep), self._taps(totals, add) as module:
             try:
-                output = self.run(batch)
+                return self._forward(module, batch)
             except _LastCall:
-                output = None
+                return None
+
+    def calls(self, batch: Any, names: Sequence[str], expected: int | None = None) -> tuple[dict[str, list[Call]], Any]:
+        """One forward pass; every call of the named layers, and the network's output. ``expected`` as in :meth:`stream`."""
+        seen: dict[str, list[Call]] = {name: [] for name in names}
+        output = self.stream(batch, names, lambda name, call: seen[name].append(call), expected)
         return seen, output
+
+    @contextmanager
+    def _taps(self, totals: Mapping[str, str], receive: Callable[[str, Tensor], None]) -> Iterator[nn.Module]:
+        """The module to run: the model itself, or one made from its graph that also hands out sums."""
+        if not totals:
+            yield self.model
+            return
+        if self._tapped is None:
+            self._tapped = self._made_from_graph()
+        taps = {name: cast(_Tap, self._tapped.get_submodule(_tap_name(name))) for name in totals}
+        try:
+            for name, tap in taps.items():
+                tap.receive = partial(receive, name)
+            yield self._tapped
+        finally:
+            for tap in taps.values():
+                tap.receive = None
+
+    def _made_from_graph(self) -> fx.GraphModule:
+        """The traced graph over this model's own modules, with a tap on every sum that a reading names."""
+        assert self.graph is not None and self.graph.traced is not None
+        made = fx.GraphModule(self.model, copy.deepcopy(self.graph.traced))
+        nodes = {node.name: node for node in made.graph.nodes}
+        for name, reading in self.graph.readings.items():
+            if reading.total:
+                made.add_submodule(_tap_name(name), _Tap())
+                with made.graph.inserting_after(nodes[reading.total]):
+                    made.graph.call_module(_tap_name(name), (nodes[reading.total],))
+        made.recompile()
+        return made
+
+
+class _Tap(nn.Module):
+    """Hands on what passes."""
+
+    receive: Callable[[Tensor], None] | None = None
+
+    def forward(self, x: Tensor) -> None:
+        if self.receive is not None:
+            self.receive(x)
+
+
+def _tap_name(layer: str) -> str:
+    return "nettrim_tap_" + layer.replace(".", "_")
 
 
 @contextmanager
@@ -172,12 +246,33 @@ def _same_output(before: Any, after: Any, precision: float) -> bool:
 def read_graph(reference: Replica, names: Sequence[str], stated: Mapping[str, Activation], batch: Any) -> Graph:
     """Reads the reference network's graph for calls like that of ``batch``, and checks on it that the graph computes the same."""
     inputs = data.inputs_of(batch)
+    given = list(inputs) if isinstance(inputs, Mapping) else None
 
     def agrees(module: nn.Module) -> bool:
         traced = Replica(module, reference.device, reference.dtype)
         return _same_output(reference.run(batch), traced.run(batch), reference.precision)
 
-    return read(reference.model, names, stated, given=list(inputs) if isinstance(inputs, Mapping) else None, agrees=agrees)
+    graph = read(reference.model, names, stated, given=given, agrees=agrees)
+    misfits = _misfits(replace(reference, graph=graph), batch)
+    return read(reference.model, names, stated, given=given, agrees=agrees, plain=misfits) if misfits else graph
+
+
+def _misfits(reference: Replica, batch: Any) -> list[str]:
+    """Layers whose sum has another shape than their output, or whose batch-norm runs over another dimension than their outputs."""
+    assert reference.graph is not None
+    wanted = [name for name, reading in reference.graph.readings.items() if reading.total or reading.norm or reading.pool]
+    views = reference.views(wanted)
+    found: list[str] = []
+
+    def check(name: str, call: Call) -> None:
+        moved = call.total is not None and call.total.shape != call.y.shape
+        reading = reference.graph.readings[name]  # type: ignore[union-attr]
+        if moved or ((reading.norm or reading.pool) and views[name].convolution is None and call.y.ndim != 2):
+            found.append(name)
+
+    if wanted:
+        reference.stream(batch, wanted, check)
+    return found
 
 
 @dataclass
@@ -195,42 +290,54 @@ class Scan:
 def scan(reference: Replica, names: Sequence[str], batches: Calibration) -> Scan:
     """The first pass: refuses NaN or inf inside the network and layers that do not compute ``x W + b``, counts rows, hashes the data."""
     result = Scan()
+    views = reference.views(names)
     digest = hashlib.sha256()
     for number, batch in enumerate(batches, 1):
         data.update_hash(digest, batch)
+        counts = dict.fromkeys(names, 0)
+        order: list[str] = []
+
+        def receive(name: str, call: Call, counts: dict[str, int] = counts, order: list[str] = order, number: int = number) -> None:
+            if not bool(torch.isfinite(call.y).all()):
+                raise InvalidInput(
+                    f"{batches.what}: batch {number} makes layer {name!r} put out NaN or inf; check its weights and the data"
+                )
+            if name not in result.calls and not counts[name]:
+                _check_affine(views[name], call, reference.precision)
+            result.rows[name] = result.rows.get(name, 0) + call.y.numel() // views[name].shape[1]
+            counts[name] += 1
+            order.append(name)
+
         try:
-            seen, output = reference.calls(batch, names)
+            output = reference.stream(batch, names, receive)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if isinstance(error, InvalidInput):
+                raise
             raise InvalidInput(f"{batches.what}: the model cannot run on batch {number}: {_first_line(error)}") from error
-        for name, calls in seen.items():
-            for x, y in calls:
-                if not bool(torch.isfinite(y).all()):
-                    raise InvalidInput(
-                        f"{batches.what}: batch {number} makes layer {name!r} put out NaN or inf; check its weights and the data"
-                    )
-                result.rows[name] = result.rows.get(name, 0) + len(x)
-            if calls:
-                if name not in result.calls:
-                    _check_affine(reference.views([name])[name], *calls[0], reference.precision)
-                result.calls[name] = max(result.calls.get(name, 0), len(calls))
+        for name in dict.fromkeys(order):
+            result.calls[name] = max(result.calls.get(name, 0), counts[name])
         for value in data.output_tensors(output).values():
             if not bool(torch.isfinite(value).all()):
                 raise InvalidInput(f"{batches.what}: the network puts out NaN or inf on batch {number}; check its weights and the data")
         if number == 1:
-            result.order = _first_calls(reference, batch, [name for name, calls in seen.items() if calls])
             result.sample_shape = data.sample_shape(batch)
-        result.order += [name for name, calls in seen.items() if calls and name not in result.order]
+        result.order += [name for name in dict.fromkeys(order) if name not in result.order]
         result.samples += data.samples(batch)
     result.data_hash = digest.hexdigest()
     return result
 
 
-def _check_affine(layer: LayerView, x: Tensor, y: Tensor, precision: float) -> None:
+def _check_affine(layer: LayerView, call: Call, precision: float) -> None:
     """Refuses a layer whose output is not its input times its weight plus bias (a subclass with its own forward, a hook)."""
     b = layer.bias()
-    own = x.double() @ layer.weights().double() + (0.0 if b is None else b.double())
-    size = (x.double().abs() @ layer.weights().double().abs()).max() + (0.0 if b is None else b.double().abs().max())
-    if float((own - y.double()).abs().max()) > 1e3 * precision * float(size):
+    y = layer.outputs(call.y).double()
+    some = torch.arange(0, len(y), max(1, len(y) // 256), device=y.device)
+    W = layer.weights().double()
+    blocks = layer.rows(call.x, some).double().reshape(len(some), layer.groups, -1)
+    columns = W.reshape(len(W), layer.groups, -1)
+    own = torch.einsum("pgn,ngm->pgm", blocks, columns).reshape(len(some), -1) + (0.0 if b is None else b.double())
+    size = torch.einsum("pgn,ngm->pgm", blocks.abs(), columns.abs()).max() + (0.0 if b is None else b.double().abs().max())
+    if float((own - y[some]).abs().max()) > 1e3 * precision * float(size):
         raise InvalidInput(
             f"layer {layer.name!r} ({layer.kind}) does not put out its input times its weight plus its bias: a forward of its own, or a "
             f"hook, changes that; merge or remove it, or pass ignore=[{layer.name!r}]"
@@ -239,14 +346,6 @@ def _check_affine(layer: LayerView, x: Tensor, y: Tensor, precision: float) -> N
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _first_calls(replica: Replica, batch: Any, names: Sequence[str]) -> list[str]:
-    """The names in the order of their first calls."""
-    order: list[str] = []
-    with _hooks(replica.model, names, lambda name, x, y: order.append(name)):
-        replica.run(batch)
-    return list(dict.fromkeys(order))
 
 
 class Selection:
@@ -268,9 +367,13 @@ class Selection:
         return torch.from_numpy(self.chosen[first:last] - start)
 
 
-def layer_program(
+def selection_for(unit: Unit, rows: int, max_samples: int, seed: int) -> Selection:
+    """The rows that a layer's program uses: all of them where moments say everything and rows are cheap, otherwise a sample."""
+    return Selection(rows, rows if unit.uses_moments and unit.view.convolution is None else max_samples, seed)
+
+
+def layer_task(
     name: str,
-    activation: Activation,
     reference: Replica,
     pruned: Replica | None,
     batches: Calibration,
@@ -280,56 +383,37 @@ def layer_program(
     seed: int,
     correction: float = 1.0,
     dtype: torch.dtype,
-) -> LayerProgram:
-    """The program of one layer: inputs from ``pruned`` (cascade) or, when that is ``None``, from ``reference`` (parallel).
+) -> LayerTask:
+    """The programs of one layer: inputs from ``pruned`` (cascade) or, when that is ``None``, from ``reference`` (parallel).
 
-    Programs whose boxes are points are accumulated as moments over all rows. Others keep at most ``max_samples`` rows, at
-    8 bytes * rows * (N + 3 M) and half as much again while they are solved.
+    Programs whose boxes are points are accumulated as moments. Others keep at most ``max_samples`` rows, at 8 bytes * rows * (N + 3 M)
+    and half as much again while they are solved.
     """
-    source = reference if pruned is None else pruned
-    layer = reference.views([name])[name]
-    W, b = layer.weights(), layer.bias()
-    N, M = layer.shape
-    moments = Moments(W, b, activation, dtype) if activation.is_point else None
-    selection = Selection(found.rows[name], max_samples, seed)
-    device = W.device
-    kept_inputs = kept_reference = None
-    if moments is None:
-        kept_inputs = torch.empty(selection.count, N, dtype=torch.float64, device=device)
-        kept_reference = torch.empty(selection.count, M, dtype=torch.float64, device=device)
-    start = filled = 0
+    unit = reference.units([name])[name]
+    selection = selection_for(unit, found.rows[name], max_samples, seed)
+    task = TaskBuilder(unit, selection.count, dtype, name)
+    start = 0
     for batch in batches:
         expected = reference.calls(batch, [name], found.calls[name])[0][name]
-        given = expected if pruned is None else source.calls(batch, [name], found.calls[name])[0][name]
-        for (_, z), (x, own) in paired(name, expected, given):
-            Y = activation.apply(z.double())
-            if pruned is not None and correction < 1:
-                Y = torch.lerp(activation.apply(own.double()), Y, correction)
-            if moments is not None:
-                moments.add(x, Y)
-                continue
-            assert kept_inputs is not None and kept_reference is not None
-            rows = selection.within(start, len(x))
-            chosen = x[rows]
-            kept_inputs[filled : filled + len(chosen)] = chosen
-            kept_reference[filled : filled + len(chosen)] = Y[rows]
-            start += len(x)
-            filled += len(chosen)
-    if moments is not None:
-        return replace(moments.program(), name=name)
-    assert kept_inputs is not None and kept_reference is not None
-    return replace(from_rows(kept_inputs, kept_reference, activation, W, b, dtype=dtype), name=name)
+        given = expected if pruned is None else pruned.calls(batch, [name], found.calls[name])[0][name]
+        for before, own in paired(name, expected, given):
+            lo, hi, Y = unit.target(before, own if correction < 1 and pruned is not None else None, correction)
+            rows = selection.within(start, len(Y))
+            shift = unit.shift(own)
+            if shift is not None:
+                lo, hi = lo - shift, hi - shift
+            task.add(unit.view.rows(own.x, rows), lo[rows], hi[rows], Y[rows])
+            start += len(Y)
+    return task.build()
 
 
-def paired(
-    name: str, before: Sequence[tuple[Tensor, Tensor]], after: Sequence[tuple[Tensor, Tensor]]
-) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+def paired(name: str, before: Sequence[Call], after: Sequence[Call]) -> Iterator[tuple[Call, Call]]:
     """The calls of a layer in the reference and in the pruned network, one by one.
 
     Raises:
         InvalidInput: the two networks call the layer a different number of times or with different rows.
     """
-    if [x.shape for x, _ in before] != [x.shape for x, _ in after]:
+    if [call.x.shape for call in before] != [call.x.shape for call in after]:
         raise InvalidInput(
             f"layer {name!r} sees other rows in the pruned network than in the reference network, since the model chooses by its data what "
             f"goes where; they cannot be compared: pass ignore=[{name!r}]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -143,54 +144,55 @@ class Certificate:
 class LayerTally:
     """Recomputes one layer's numbers batch by batch in float64; memory does not grow with the number of rows.
 
-    ``W`` (N, M) and ``b`` (M,) are the stored weights. ``gap_kind`` is ``"epsilon"``, ``"penalty"`` or ``""``; with a gap, ``gap_level`` is
-    the absolute tolerance or the penalty that the l1 program was solved for. ``original`` are the unpruned weights, whose distance is
-    then measured too.
+    ``W`` (N, M) are the stored weights, with the batch-norm behind them folded in; ``groups`` those of a grouped convolution.
+    ``gap_kind`` is ``"epsilon"``, ``"penalty"`` or ``""``; with a gap, ``gap_level`` is the absolute tolerance or the penalty that the l1
+    program was solved for.
     """
 
     def __init__(
-        self,
-        W: Tensor,
-        b: Tensor | None,
-        activation: Activation,
-        gap_kind: str = "",
-        gap_level: float = 0.0,
-        original: tuple[Tensor, Tensor | None] | None = None,
+        self, W: Tensor, has_bias: bool, activation: Activation, gap_kind: str = "", gap_level: float = 0.0, groups: int = 1
     ) -> None:
-        self.W, self.b, self.activation = W.double(), None if b is None else b.double(), activation
-        self.original = original
+        self.W, self.activation = W.double(), activation
         self.original_distance = 0.0
         self.gap_kind, self.gap_level = gap_kind, gap_level
-        self.dual = DualPoint(W.shape[0], W.shape[1], b is not None, W.device) if gap_kind else None
+        self.dual = DualPoint(W.shape[0], W.shape[1], has_bias, W.device) if gap_kind and groups == 1 else None
         self.rows = self.rows_total = 0
         self.reference = self.reference_all = self.distance = self.distance_all = self.discrepancy = 0.0
 
-    def add(self, A: Tensor, reference: Tensor, response: Tensor, rows: Tensor | slice) -> None:
-        """Adds a batch.
+    def add(
+        self,
+        box: tuple[Tensor, Tensor],
+        Y: Tensor,
+        Z: Tensor,
+        original: Tensor,
+        moved: float,
+        rows: Tensor | slice,
+        inputs: Callable[[Tensor | slice], Tensor],
+    ) -> None:
+        """Adds a batch; all matrices are (p, M), in float64.
 
         Args:
-            A: inputs of the layer's program (p, N): the reference network's (parallel) or the pruned network's (cascade).
-            reference: the reference network's pre-activations (p, M).
-            response: the pruned network's pre-activations (p, M).
+            box: ``lo`` and ``hi`` of the layer's own part of the pre-activation.
+            Y: the reference output where it arises.
+            Z: the stored weights' part of the pre-activation on the inputs of the layer's program: the reference network's
+                (parallel) or the pruned network's (cascade).
+            original: the same for the unpruned weights.
+            moved: the squared discrepancy of the layer's output between the two networks.
             rows: which of these rows the layer's program used.
+            inputs: gives some rows of the program's inputs (p, N).
         """
-        A, Y = A.double(), self.activation.apply(reference.double())
-        Z = _affine(A, self.W, self.b)
-        lo, hi = self.activation.box(Y)
+        lo, hi = box
         residual = (Z - nearest_point(Z, lo, hi)).square_()
-        if self.original is not None:
-            own = _affine(A, *self.original)
-            self.original_distance += float((own - nearest_point(own, lo, hi))[rows].square().sum())
-        moved = self.activation.apply(response.double()) - Y
-        self.rows_total += len(A)
+        self.original_distance += float((original - nearest_point(original, lo, hi))[rows].square().sum())
+        self.rows_total += len(Z)
         self.reference_all += float(Y.square().sum())
         self.distance_all += float(residual.sum())
-        self.discrepancy += float(moved.square().sum())
-        self.rows += len(A[rows])
+        self.discrepancy += moved
+        self.rows += len(Z[rows])
         self.reference += float(Y[rows].square().sum())
         self.distance += float(residual[rows].sum())
         if self.dual is not None:
-            self.dual.add(A[rows], Z[rows], lo[rows], hi[rows])
+            self.dual.add(inputs(rows).double(), Z[rows], lo[rows], hi[rows])
 
     def gap(self) -> float | None:
         """The relative duality gap of the stored weights, or ``None`` when their program has none."""
@@ -241,10 +243,6 @@ class LayerTally:
             source=source,
             theorem=theorem,
         )
-
-
-def _affine(A: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    return A @ W.double() if b is None else torch.addmm(b.double(), A, W.double())
 
 
 def spectral_norm(W: Tensor) -> float:

@@ -61,6 +61,6 @@ def published_program(program: LayerProgram, *, moved: bool) -> HalfspaceProgram
     if program.bias is not None and program.bias_column is not None:
         X = torch.cat([X, program.bias_column[:, None]], dim=1)
         U0 = torch.cat([U0, program.bias[None]])
-    made = replace(program, inputs=X, lo=lo, hi=hi, weights=U0, bias=None, bias_column=None, hard=True)
+    made = replace(program, inputs=X, lo=lo, hi=hi, weights=U0, bias=None, bias_column=None, hard=True, fold=None)
     residual = math.hypot(float(torch.linalg.vector_norm((Z0 - lo)[~off])), math.sqrt(program.unreachable))
     return HalfspaceProgram(made, slack, residual, program.bias is not None)

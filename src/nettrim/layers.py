@@ -1,27 +1,45 @@
-"""The one matrix view of a prunable layer: inputs as rows, weights (N, M), bias (M,), and the write-back."""
+"""The one matrix view of a prunable layer: inputs as rows, weights (N, M), bias (M,), and the write-back.
+
+A convolution's rows are its patches, one for each output position. With ``G`` groups, output ``m`` reads the inputs of its group only:
+the view then has ``G`` row blocks of the same width, and column ``m`` of ``W`` speaks of the block ``m // (M / G)``.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .status import InvalidInput
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+KINDS = "Linear, Conv1d, Conv2d and transformers' Conv1D"
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """True for the ``Conv1D`` of transformers: a linear layer whose weight is stored as (N, M)."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def is_prunable(module: nn.Module) -> bool:
+    """True for the module kinds that have a matrix view."""
+    return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) or is_transposed_linear(module)
 
 
 @dataclass(frozen=True)
 class LayerView:
-    """A named ``Linear`` layer as a matrix: ``Z = A W + 1 b^T`` with ``W`` the transpose of the module's weight.
+    """A named layer as a matrix: ``Z = A W + 1 b^T``.
 
     Made by :func:`view`, which checks the layer; made directly where it has been checked before.
     """
 
     name: str
-    module: nn.Linear
+    module: nn.Module
 
     @property
     def kind(self) -> str:
@@ -29,42 +47,120 @@ class LayerView:
         return type(self.module).__name__
 
     @property
+    def convolution(self) -> nn.Conv1d | nn.Conv2d | None:
+        """The module, when it is a convolution."""
+        return self.module if isinstance(self.module, (nn.Conv1d, nn.Conv2d)) else None
+
+    @property
+    def groups(self) -> int:
+        """``G``: 1 for all but grouped convolutions."""
+        conv = self.convolution
+        return 1 if conv is None else conv.groups
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The module's weight, as it is stored."""
+        return cast(nn.Parameter, self.module.weight)
+
+    @property
     def shape(self) -> tuple[int, int]:
-        """``(N, M)``: inputs and outputs."""
-        return self.module.in_features, self.module.out_features
+        """``(N, M)``: the inputs that one output reads, and outputs."""
+        weight = self.weight
+        if is_transposed_linear(self.module):
+            return weight.shape[0], weight.shape[1]
+        return weight[0].numel(), weight.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the layer stores its weights."""
-        return self.module.weight.dtype
+        return self.weight.dtype
 
     def weights(self) -> Tensor:
         """``W`` (N, M), a view of the module's weight; read only."""
-        return self.module.weight.detach().T
+        weight = self.weight.detach()
+        return weight if is_transposed_linear(self.module) else weight.reshape(len(weight), -1).T
 
     def bias(self) -> Tensor | None:
         """``b`` (M,), or ``None`` for a layer without bias."""
-        return None if self.module.bias is None else self.module.bias.detach()
+        bias = self.module.bias
+        return None if bias is None else cast(Tensor, bias).detach()
 
-    def rows(self, x: Tensor) -> Tensor:
-        """The layer's input (..., N) as rows (P, N)."""
-        return x.reshape(-1, self.module.in_features)
+    def respond(self, x: Tensor) -> Tensor:
+        """The layer's output for the input ``x``, without the hooks that may sit on the module."""
+        return cast(Tensor, self.module.forward(x))
 
-    def outputs(self, x: Tensor) -> Tensor:
-        """The layer's output (..., M) as rows (P, M)."""
-        return x.reshape(-1, self.module.out_features)
+    def rows(self, x: Tensor, which: Tensor | slice = slice(None)) -> Tensor:
+        """The layer's input as rows (P, G N), or some of them: patches in the order of :meth:`outputs`, group after group."""
+        conv = self.convolution
+        if conv is None:
+            return x.reshape(-1, self.shape[0])[which]
+        patches = _patches(conv, _batched(conv, x))
+        B, _, *places = patches.shape[: 2 + len(conv.kernel_size)]
+        if isinstance(which, slice):
+            which = torch.arange(B * math.prod(places), device=x.device)[which]
+        image, *place = torch.unravel_index(which.to(x.device), (B, *places))
+        picked: Any = (image, slice(None), *place)
+        return patches[picked].reshape(len(which), -1)
+
+    def outputs(self, y: Tensor) -> Tensor:
+        """A map of the form of the layer's output as rows (P, M)."""
+        conv = self.convolution
+        return y.reshape(-1, self.shape[1]) if conv is None else _batched(conv, y).movedim(1, -1).reshape(-1, self.shape[1])
+
+    def operator_factor(self) -> float:
+        """``sqrt(kappa)``: how much larger than ``||W||_2`` the layer's operator norm can be (docs/theory.md, (4.7)); inf when unknown."""
+        conv = self.convolution
+        if conv is None:
+            return 1.0
+        if conv.padding_mode not in ("zeros", "circular"):  # other modes repeat entries of the input
+            return math.inf
+        steps = zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
+        return math.sqrt(math.prod(math.ceil(k * math.gcd(s, d) / s) for k, s, d in steps))
 
     def write(self, W: Tensor, b: Tensor | None) -> None:
         """Writes weights (N, M) and bias (M,) back in place, keeping the parameters themselves (names, flags, dtype, device)."""
         with torch.no_grad():
-            self.module.weight.copy_(W.T)
+            self.weight.copy_(W if is_transposed_linear(self.module) else W.T.reshape(self.weight.shape))
             if b is not None:
-                self.module.bias.copy_(b)
+                cast(nn.Parameter, self.module.bias).copy_(b)
 
 
-def is_prunable(module: nn.Module) -> bool:
-    """True for the module kinds that have a matrix view."""
-    return isinstance(module, nn.Linear)
+def _batched(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    return x if x.ndim == 2 + len(conv.kernel_size) else x[None]
+
+
+def _patches(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """A view (B, C, *places, *kernel) of the padded input: no patch is copied before it is picked."""
+    if isinstance(conv.padding, str) or any(conv.padding) or conv.padding_mode != "zeros":
+        amounts = _padding(conv)
+        x = F.pad(x, amounts) if conv.padding_mode == "zeros" else F.pad(x, amounts, mode=conv.padding_mode)
+    dims = len(conv.kernel_size)
+    sizes = x.shape[2:]
+    strides = x.stride()
+    places = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(sizes, conv.kernel_size, conv.stride, conv.dilation, strict=True)]
+    return x.as_strided(
+        (*x.shape[:2], *places, *conv.kernel_size),
+        (
+            *strides[:2],
+            *(strides[2 + i] * conv.stride[i] for i in range(dims)),
+            *(strides[2 + i] * conv.dilation[i] for i in range(dims)),
+        ),
+        x.storage_offset(),
+    )
+
+
+def _padding(conv: nn.Conv1d | nn.Conv2d) -> list[int]:
+    """Padding before and after each axis, last axis first, as F.pad wants it."""
+    amounts: list[int] = []
+    for axis in reversed(range(len(conv.kernel_size))):
+        if conv.padding == "same":
+            total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+            amounts += [total // 2, total - total // 2]
+        elif conv.padding == "valid":
+            amounts += [0, 0]
+        else:
+            amounts += [int(cast(Any, conv.padding)[axis])] * 2
+    return amounts
 
 
 def view(name: str, module: nn.Module) -> LayerView:
@@ -73,10 +169,10 @@ def view(name: str, module: nn.Module) -> LayerView:
     Raises:
         InvalidInput: its weight is not a plain, dense, finite parameter; the message says what to do.
     """
-    if not isinstance(module, nn.Linear):
-        raise InvalidInput(f"layer {name!r} is a {type(module).__name__}; nettrim prunes Linear layers")
+    if not is_prunable(module):
+        raise InvalidInput(f"layer {name!r} is a {type(module).__name__}; nettrim prunes {KINDS} layers")
     for label in ("weight", "bias"):
-        tensor = getattr(module, label)
+        tensor = cast("Tensor | None", getattr(module, label))
         if tensor is None:
             continue
         if label not in module._parameters:  # what is written there would be overwritten in the next forward pass

@@ -53,6 +53,56 @@ class Activation:
         return lo, hi
 
 
+@dataclass(frozen=True)
+class Pool:
+    """Max-pooling over disjoint windows of ``kernel`` along the last dimensions; entries in no window are dropped."""
+
+    kernel: tuple[int, ...]
+
+    def apply(self, Y: Tensor) -> Tensor:
+        """The pooled map of ``Y`` (B, C, *places)."""
+        return self._windows(Y).amax(-1)
+
+    def box(self, Z: Tensor, activation: Activation) -> tuple[Tensor, Tensor, Tensor]:
+        """For the reference pre-activation ``Z`` (B, C, *places): ``lo`` and ``hi`` of that shape (docs/theory.md, (1.3)), and the pooled
+        outputs at the places where they arise, zero elsewhere."""
+        windows = self._windows(Z)
+        largest, first = windows.max(-1)
+        m = activation.apply(largest)
+        here = torch.zeros_like(windows, dtype=torch.bool).scatter_(-1, first[..., None], True)
+        lo, hi = (side[..., None].expand_as(windows) for side in activation.box(m))
+        lo = torch.where(here, lo, -math.inf)
+        Y = torch.where(here, m[..., None], 0.0)
+        return self._spread(lo, Z, -math.inf), self._spread(hi, Z, math.inf), self._spread(Y, Z, 0.0)
+
+    def _windows(self, Z: Tensor) -> Tensor:
+        """(B, C, *windows, entries of a window)."""
+        dims = len(self.kernel)
+        counts = [n // k for n, k in zip(Z.shape[-dims:], self.kernel, strict=True)]
+        for axis, (count, k) in enumerate(zip(counts, self.kernel, strict=True)):
+            Z = Z.narrow(axis - dims, 0, count * k)
+        front = Z.shape[:-dims]
+        Z = Z.reshape(*front, *(n for pair in zip(counts, self.kernel, strict=True) for n in pair))
+        lead = len(front)
+        order = [*range(lead), *range(lead, lead + 2 * dims, 2), *range(lead + 1, lead + 2 * dims, 2)]
+        return Z.permute(order).reshape(*front, *counts, -1)
+
+    def _spread(self, windows: Tensor, like: Tensor, rest: float) -> Tensor:
+        """The reverse of :meth:`_windows`; ``rest`` where no window is."""
+        dims = len(self.kernel)
+        front, counts = windows.shape[: -dims - 1], windows.shape[-dims - 1 : -1]
+        lead = len(front)
+        order = [*range(lead), *(n for i in range(dims) for n in (lead + i, lead + dims + i))]
+        sizes = [count * k for count, k in zip(counts, self.kernel, strict=True)]
+        inside = windows.reshape(*front, *counts, *self.kernel).permute(order).reshape(*front, *sizes)
+        whole = torch.full_like(like, rest)
+        corner = whole
+        for axis, size in enumerate(sizes):
+            corner = corner.narrow(lead + axis, 0, size)
+        corner.copy_(inside)
+        return whole
+
+
 IDENTITY = Activation("identity")
 RELU = Activation("relu", low=0.0)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .fold import Fold
 from .preimage import Activation, nearest_point
 from .status import InvalidInput
 
@@ -27,7 +28,8 @@ class LayerProgram:
     ``reference_norm`` the Frobenius norm of the layer's reference output, ``rows`` the number of samples that the program
     stands for, ``unreachable`` the squared distance that no weights can remove (compressed programs only), ``dtype`` the dtype
     in which the layer stores its weights. In a ``hard`` program only points may be missed: every other box is a constraint (the published
-    program, :mod:`nettrim.halfspace`). ``name`` is the layer's, for settings that differ by layer.
+    program, :mod:`nettrim.halfspace`). ``name`` is the layer's, for settings that differ by layer. ``fold`` is
+    the batch-norm that ``weights`` and ``bias`` have taken in, if any.
     """
 
     inputs: Tensor
@@ -42,6 +44,7 @@ class LayerProgram:
     dtype: torch.dtype = torch.float32
     hard: bool = False
     name: str = ""
+    fold: Fold | None = None
 
     def __post_init__(self) -> None:
         if self.inputs.ndim != 2 or self.weights.ndim != 2:
@@ -78,6 +81,12 @@ class LayerProgram:
     def is_point(self) -> bool:
         """True when every box is a single point."""
         return bool(torch.equal(self.lo, self.hi))
+
+    def stored(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weights and bias as they will be once the layer stores them: rounded to its dtype."""
+        if self.fold is not None:
+            return self.fold.stored(W, b, self.dtype)
+        return W.to(self.dtype), None if b is None else b.to(self.dtype)
 
     def preactivation(self, W: Tensor, b: Tensor | None) -> Tensor:
         """``Z = A W + e b^T`` in float64."""
@@ -125,17 +134,33 @@ def from_rows(
         if offset.shape != Y.shape:
             raise InvalidInput(f"layer program: the offset must be {tuple(Y.shape)} like the reference output, found {tuple(offset.shape)}")
         lo, hi = lo - offset.double(), hi - offset.double()
+    return from_boxes(inputs, lo, hi, weights, bias, reference_norm=float(torch.linalg.vector_norm(Y)), dtype=dtype)
+
+
+def from_boxes(
+    inputs: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    *,
+    reference_norm: float,
+    dtype: torch.dtype = torch.float32,
+    fold: Fold | None = None,
+) -> LayerProgram:
+    """The program of a layer from its inputs (P, N) and the boxes (P, M) that its pre-activations should stay near."""
     A = inputs.double()
     return LayerProgram(
         inputs=A,
-        lo=lo,
-        hi=hi,
+        lo=lo.double(),
+        hi=hi.double(),
         bias_column=None if bias is None else A.new_ones(len(A)),
         weights=weights.double(),
         bias=None if bias is None else bias.double(),
-        reference_norm=float(torch.linalg.vector_norm(Y)),
+        reference_norm=reference_norm,
         rows=len(A),
         dtype=dtype,
+        fold=fold,
     )
 
 
@@ -146,11 +171,8 @@ class Moments:
     layer's own response, ``E = Y - (A W0 + 1 b0^T)``, which keeps the accuracy when the two are close.
     """
 
-    def __init__(self, weights: Tensor, bias: Tensor | None, activation: Activation, dtype: torch.dtype = torch.float32) -> None:
-        if not activation.is_point:
-            raise InvalidInput(f"moments: the preimages of {activation.name} are not points; keep the rows (from_rows)")
+    def __init__(self, weights: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
         self.weights, self.bias, self.dtype = weights.double(), None if bias is None else bias.double(), dtype
-        self.activation = activation
         N, M = weights.shape
         self.rows = 0
         self.reference_square = 0.0
@@ -160,14 +182,14 @@ class Moments:
         self.input_sum = self.weights.new_zeros(N)
         self.error_sum = self.weights.new_zeros(M)
 
-    def add(self, inputs: Tensor, reference: Tensor) -> None:
-        """Adds a batch: inputs (p, N) and reference outputs (p, M)."""
-        A, Y = inputs.double(), reference.double()
-        E = self.activation.box(Y)[0] - A @ self.weights
+    def add(self, inputs: Tensor, target: Tensor, reference: Tensor) -> None:
+        """Adds a batch: inputs (p, N), the points that pre-activations should stay near (p, M), and reference outputs (p, M)."""
+        A = inputs.double()
+        E = target.double() - A @ self.weights
         if self.bias is not None:
             E -= self.bias
         self.rows += len(A)
-        self.reference_square += float(Y.square().sum())
+        self.reference_square += float(reference.double().square().sum())
         self.error_square += float(E.square().sum())
         self.gram.addmm_(A.T, A)
         self.cross.addmm_(A.T, E)
@@ -276,12 +298,11 @@ class StandardProgram:
         N = self.source.shape[1]
         W = U.new_zeros(N, U.shape[1], dtype=torch.float64)
         W[self.live] = U.double() / self.scale[:, None]
-        W = W.to(self.source.dtype)
+        W, _ = self.source.stored(W, None)
         if c is None:
             return W, None
         # the bias answers for the weights as they are stored, dead inputs included
-        b = c.double() - self.mean @ W.double()
-        return W, b.to(self.source.dtype)
+        return self.source.stored(W, c.double() - self.mean @ W.double())
 
     def enter(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The reverse of :meth:`restore`: weights and bias of the layer in the solvers' coordinates."""

@@ -21,7 +21,7 @@ from .capture import (
     Scan,
     device_of,
     hashes,
-    layer_program,
+    layer_task,
     random_state_kept,
     read_graph,
     reference_replica,
@@ -34,12 +34,14 @@ from .layers import LayerView, view
 from .methods import Method
 from .methods.targets import lookup
 from .preimage import Activation
-from .program import LayerProgram, dead_inputs
+from .program import LayerProgram
 from .progress import Observer, observer
 from .report import LayerReport, PruneReport
 from .selection import resolve, select
 from .solution import Solution
 from .status import InvalidInput, NothingToPrune, Status
+from .tasks import LayerTask
+from .units import unit_of
 from .verification import Claim, Setup, certify, certify_heldout, check_heldout
 
 MAX_SAMPLES = 20_000
@@ -60,9 +62,9 @@ class PruneResult:
         return save(self, folder)
 
     def masks(self) -> dict[str, NDArray[np.bool_]]:
-        """For each pruned layer, which weights are not zero: (outputs, inputs), as in the module."""
+        """For each pruned layer, which weights are not zero, in the shape in which its module keeps them."""
         modules = dict(self.model.named_modules())
-        return {layer.name: (view(layer.name, modules[layer.name]).weights().T != 0).cpu().numpy() for layer in self.report.layers}
+        return {layer.name: (view(layer.name, modules[layer.name]).weight.detach() != 0).cpu().numpy() for layer in self.report.layers}
 
 
 def prune(
@@ -180,6 +182,7 @@ class _Run:
         self.result = copy.deepcopy(model)
         self.result.zero_grad(set_to_none=True)  # gradients of the unpruned weights say nothing about the pruned ones
         self.pruned = replicate(model, reference.device, reference.dtype)
+        self.reference.graph = self.pruned.graph = graph
         self.reports: list[LayerReport] = []
         self.claims: list[Claim] = []
         self.count = self.index = 0
@@ -197,12 +200,11 @@ class _Run:
     def _layer(self, name: str) -> LayerView:
         return view(name, dict(self.result.named_modules())[name])
 
-    def _capture(self, name: str, pruned: Replica | None) -> LayerProgram:
+    def _capture(self, name: str, pruned: Replica | None) -> LayerTask:
         self.begun = time.perf_counter()
         self.show.begin(name, self.index, self.count)
-        return layer_program(
+        return layer_task(
             name,
-            self.graph.readings[name].activation,
             self.reference,
             pruned,
             self.batches,
@@ -213,28 +215,28 @@ class _Run:
             dtype=self._layer(name).dtype,
         )
 
-    def _solve(self, name: str, program: LayerProgram) -> Solution:
+    def _solve(self, name: str, task: LayerTask) -> Solution:
         target = self.method.target(name)
         assert target is not None
 
         def watch(iteration: int, distance: float, density: float) -> None:
-            self.show.update(name, iteration, distance / max(program.reference_norm, 1e-300), density)
+            self.show.update(name, iteration, distance / max(task.reference_norm, 1e-300), density)
 
-        solution = _finite(self.method.solve(program, target, watch), program)
-        self._report(name, program, solution, target)
+        solution = task.solve(lambda program, own: _finite(self.method.solve(program, own, watch), program), self.method.kind, target)
+        self._report(name, task, solution, target)
         return solution
 
     def _write(self, name: str, solution: Solution) -> None:
+        reading = self.graph.readings[name]
         for model in (self.result, self.pruned.model):
-            view(name, dict(model.named_modules())[name]).write(solution.weights, solution.bias)
+            unit_of(name, dict(model.named_modules()), reading).write(solution.weights, solution.bias)
         self.index += 1
         self.show.end(self.reports[-1])
 
-    def _report(self, name: str, program: LayerProgram, solution: Solution, target: float) -> None:
+    def _report(self, name: str, program: LayerTask, solution: Solution, target: float) -> None:
         layer, reading = self._layer(name), self.graph.readings[name]
         notes = list(solution.notes)
-        module = layer.module
-        if not module.weight.requires_grad:
+        if not layer.weight.requires_grad:
             notes.append(
                 "its weights are frozen (requires_grad=False); they were pruned all the same and stay frozen; use ignore= to leave them"
             )
@@ -272,7 +274,7 @@ class _Run:
                 gap=solution.gap,
                 iterations=solution.iterations,
                 seconds=time.perf_counter() - self.begun,
-                dead_inputs=dead_inputs(program),
+                dead_inputs=program.dead_inputs(),
                 notes=tuple(notes),
                 violation=solution.violation,
             )

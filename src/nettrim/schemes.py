@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from .capture import Replica
-from .program import LayerProgram
 from .solution import Solution
+from .tasks import LayerTask
 
-Capture = Callable[[str, Replica | None], LayerProgram]
-Solve = Callable[[str, LayerProgram], Solution]
+Capture = Callable[[str, Replica | None], LayerTask]
+Solve = Callable[[str, LayerTask], Solution]
 Write = Callable[[str, Solution], None]
 
 

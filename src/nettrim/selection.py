@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
-from .layers import is_prunable, view, without_values
+from .layers import KINDS, is_prunable, view, without_values
 from .status import InvalidInput, NothingToPrune, UnknownLayer
 
 
@@ -26,7 +26,7 @@ def select(model: nn.Module, layers: Sequence[str] | None, ignore: Sequence[str]
     _refuse_without_values(model)
     prunable = [name for name, module in modules.items() if is_prunable(module)]
     if not prunable:
-        raise NothingToPrune(f"the model ({type(model).__name__}) has no Linear layer; there is nothing that nettrim can prune in it")
+        raise NothingToPrune(f"the model ({type(model).__name__}) has no layer that nettrim can prune: {KINDS}")
     chosen = prunable
     if layers is not None:
         wanted = set(_matches(layers, prunable, modules, "layers", must_prune=True))
@@ -65,9 +65,7 @@ def _matches(given: Sequence[str], prunable: Sequence[str], modules: Mapping[str
             raise UnknownLayer(_unknown(key, [name for name in (prunable if must_prune else modules) if name], what))
         below = [name for name in prunable if any(name == fit or name.startswith(fit + ".") for fit in fits)]
         if must_prune and not below:
-            raise InvalidInput(
-                f"{what}: {key!r} is a {type(modules[fits[0]]).__name__} and holds no Linear layer; nettrim prunes Linear layers"
-            )
+            raise InvalidInput(f"{what}: {key!r} is a {type(modules[fits[0]]).__name__} and holds no layer that nettrim prunes: {KINDS}")
         found += below
     return found
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import calibration as data
 from .calibration import Calibration
-from .capture import Replica, Scan, Selection, paired
+from .capture import Replica, Scan, Selection, paired, selection_for
 from .certificate import (
     ROUNDING,
     Certificate,
@@ -34,6 +34,7 @@ from .certificate import (
 from .graph import Chain
 from .preimage import Activation
 from .status import InvalidInput
+from .units import Call, Unit
 
 CONFIDENCE = 0.95
 LEVEL = 0.1  # relative discrepancy whose probability of being exceeded is bounded
@@ -79,38 +80,39 @@ def certify(
 ) -> Certificate:
     """One pass over the calibration data through both networks; the certificate of all layers and of the network."""
     names = [claim.name for claim in claims]
-    views, originals = pruned.views(names), reference.views(names)
+    after, before = pruned.units(names), reference.units(names)
     tallies = {
         claim.name: LayerTally(
-            views[claim.name].weights(),
-            views[claim.name].bias(),
+            after[claim.name].weights(),
+            after[claim.name].bias() is not None,
             claim.activation,
             claim.gap_kind,
             claim.gap_level,
-            (originals[claim.name].weights(), originals[claim.name].bias()),
+            after[claim.name].view.groups,
         )
         for claim in claims
     }
-    selections = {
-        claim.name: Selection(
-            found.rows[claim.name], found.rows[claim.name] if claim.activation.is_point else setup.max_samples, setup.seed
-        )
-        for claim in claims
-    }
+    selections = {name: selection_for(before[name], found.rows[name], setup.max_samples, setup.seed) for name in names}
     start = dict.fromkeys(names, 0)
     output = _OutputTally()
     digest = hashlib.sha256()
     for batch in batches:
         data.update_hash(digest, batch)
-        before, out_before = reference.calls(batch, names)
-        after, out_after = pruned.calls(batch, names)
-        for name in names:
-            for (x_ref, z_ref), (x, z) in paired(name, before.pop(name), after.pop(name)):
-                rows = selections[name].within(start[name], len(x))
-                tallies[name].add(x_ref if setup.scheme == "parallel" else x, z_ref, z, rows)
-                start[name] += len(x)
+        seen, out_before = reference.calls(batch, names)
+        waiting = {name: list(calls) for name, calls in seen.items()}
+        del seen
+
+        def receive(name: str, call: Call, waiting: dict[str, list[Call]] = waiting) -> None:
+            (pair,) = paired(name, waiting[name][:1], [call])
+            del waiting[name][0]
+            count = _tally(tallies[name], before[name], after[name], *pair, setup.scheme, selections[name], start[name])
+            start[name] += count
+
+        out_after = pruned.stream(batch, names, receive)
+        for name, left in waiting.items():
+            list(paired(name, left, []))
         output.add(out_before, out_after)
-    bounds = _Bounds(claims, tallies, chain, pruned.model, reference.model, setup.scheme)
+    bounds = _Bounds(claims, tallies, chain, pruned, reference, setup.scheme)
     layers = tuple(
         tallies[claim.name].certificate(
             claim.name,
@@ -138,11 +140,30 @@ def certify(
     )
 
 
+def _tally(
+    tally: LayerTally, before: Unit, after: Unit, reference: Call, pruned: Call, scheme: str, selection: Selection, start: int
+) -> int:
+    """Adds one call of a layer in both networks to its tally; the number of its rows."""
+    lo, hi, Y = before.target(reference)
+    if scheme == "parallel":
+        x, branch = reference.x, before.branch(reference)
+        Z, original = after.respond(x), before.own(reference.y)
+    else:
+        x, branch = pruned.x, after.branch(pruned)
+        Z, original = after.own(pruned.y), before.respond(x)
+    if branch is not None:
+        lo, hi = lo - branch, hi - branch
+    moved = before.output(after.full(pruned)) - before.output(before.full(reference))
+    rows = selection.within(start, len(Y))
+    tally.add((lo, hi), Y, Z, original, float(moved.square().sum()), rows, lambda which: before.view.rows(x, which))
+    return len(Y)
+
+
 class _Bounds:
     """Network bounds along the chain (docs/theory.md, section 4), on all calibration rows."""
 
     def __init__(
-        self, claims: Sequence[Claim], tallies: Mapping[str, LayerTally], chain: Chain, pruned: nn.Module, original: nn.Module, scheme: str
+        self, claims: Sequence[Claim], tallies: Mapping[str, LayerTally], chain: Chain, pruned: Replica, original: Replica, scheme: str
     ) -> None:
         self.chain, self.scheme = chain, scheme
         self.distances = {name: math.sqrt(tally.distance_all) for name, tally in tallies.items()}
@@ -153,11 +174,10 @@ class _Bounds:
             for claim in claims
             if claim.tolerance is not None and tallies[claim.name].original_distance > 0 and everything
         }
-        self.weights = _chain_weights(chain, pruned)
+        self.layers = _chain_layers(chain, pruned, self.distances)
         # the cascade's published bound speaks of the original weights, the parallel one of the pruned ones
-        self.entries = {
-            name: entry_norm(weight) for name, weight in _chain_weights(chain, original if scheme == "cascade" else pruned).items()
-        }
+        source = _chain_layers(chain, original, self.distances) if scheme == "cascade" else self.layers
+        self.entries = {name: factor * entry_norm(W) for name, (W, _, factor) in source.items()}
         self.after: dict[str, float] = {}
         self.theorem: dict[str, float] = {}
         self.last: str | None = None
@@ -183,14 +203,18 @@ class _Bounds:
                 link = stated if link == 0.0 else self.gammas.get(name, math.inf) * self.entries[name] * link
                 value, from_tolerances = own, stated
             else:
-                spectral = spectral_norm(self.weights[name]) if value or from_tolerances else 0.0
+                spectral = _operator_norm(*self.layers[name]) if value or from_tolerances else 0.0
                 value = own + spectral * value
                 from_tolerances = stated + spectral * from_tolerances
                 link = stated + self.entries[name] * link
             self.after[name] = value
             if pruned and complete and math.isfinite(link):
                 self.theorem[name] = link
-        if not self.chain.reason:
+        self.reason = self.chain.reason
+        if not self.reason and not math.isfinite(value):
+            self.reason = "no bound is known for the operator norm of a convolution with its padding mode"
+        self.after = {name: value for name, value in self.after.items() if math.isfinite(value)}
+        if not self.reason:
             self.output = value
             if complete and self.tolerances:
                 self.output_from_tolerances = from_tolerances
@@ -204,12 +228,26 @@ class _Bounds:
             return self.after[name], ""
         if calls > 1:
             return None, f"it is called {calls} times in a pass"
-        return None, self.chain.reason
+        return None, self.reason
 
 
-def _chain_weights(chain: Chain, model: nn.Module) -> dict[str, Tensor]:
-    modules = dict(model.named_modules())
-    return {step.layer: cast(nn.Linear, modules[step.layer]).weight for step in chain.steps if step.layer is not None}
+def _chain_layers(chain: Chain, replica: Replica, pruned: Container[str]) -> dict[str, tuple[Tensor, int, float]]:
+    """For every layer of the chain its weights, its groups, and how much more than their norm its operator norm can be.
+
+    Batch-norm is part of a pruned layer; behind any other it is a step of its own.
+    """
+    names = [step.layer for step in chain.steps if step.layer is not None]
+    units = replica.units([name for name in names if name in pruned])
+    found = {}
+    for name, view in replica.views(names).items():
+        W = units[name].weights() if name in units else view.weights().double()
+        found[name] = (W, view.groups, view.operator_factor())
+    return found
+
+
+def _operator_norm(W: Tensor, groups: int, factor: float) -> float:
+    """An upper bound of a layer's operator norm (docs/theory.md, (4.7)); groups act on disjoint channels."""
+    return factor * max(spectral_norm(part) for part in W.chunk(groups, dim=1))
 
 
 class _OutputTally:
@@ -258,7 +296,7 @@ def _network(bounds: _Bounds, output: _OutputTally, layers: Sequence[LayerCertif
         bound=bound,
         bound_from_tolerances=bounds.output_from_tolerances,
         bound_link_normalised=bounds.output_link_normalised,
-        reason=bounds.chain.reason,
+        reason=bounds.reason,
         achieved=achieved,
         agreement=output.same / output.rows if output.classes and output.rows else None,
         holds=holds,

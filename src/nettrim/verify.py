@@ -16,6 +16,7 @@ from .calibration import Batches, Calibration
 from .capture import Replica, Scan, device_of, hashes, random_state_kept, read_graph, reference_replica, replicate, scan
 from .certificate import Certificate, clopper_pearson_upper
 from .checkpoint import contradictions, load, read_certificate, read_report
+from .graph import Graph
 from .layers import view
 from .report import LayerReport, PruneReport
 from .selection import select
@@ -62,7 +63,6 @@ def verify(
     pruned_model = load(folder, copy.deepcopy(model))
     if hashes(pruned_model) != stored.weights_hash:
         problems.append("the stored weights are not those that the certificate was made for")
-    problems += _changed_elsewhere(model, pruned_model, modules)
     batches = Calibration(calibration)
     with random_state_kept(place):
         first = next(iter(batches))
@@ -79,6 +79,7 @@ def verify(
         problems += _unlike(report, stored, pruned_model, found, reference)
         stated = report.settings.get("stated_activations", {})
         graph = read_graph(reference, names, {name: preimage.named(text) for name, text in stated.items() if name in names}, first)
+        problems += _changed_elsewhere(model, pruned_model, modules, graph)
         claims = []
         for layer in stored.layers:
             reading = graph.readings[layer.name]
@@ -99,6 +100,7 @@ def verify(
             reference_hash=hashes(model),
             weights_hash=hashes(pruned_model),
         )
+        reference.graph = pruned.graph = graph
         again = certify(reference, pruned, claims, graph.chain, batches, found, setup)
         problems += _compare(stored, again, reference)
         problems += _heldout_arithmetic(stored)
@@ -126,9 +128,13 @@ def _refuse_unusable(stored: Certificate, names: Sequence[str]) -> None:
             raise InvalidInput(f"certificate: {layer.name}: gap_kind {layer.gap_kind!r} is not known; the file is damaged")
 
 
-def _changed_elsewhere(model: nn.Module, pruned: nn.Module, names: Sequence[str]) -> list[str]:
-    """State that differs from the reference model's outside the certified layers: no number of the certificate speaks of it."""
+def _changed_elsewhere(model: nn.Module, pruned: nn.Module, names: Sequence[str], graph: Graph) -> list[str]:
+    """State that differs from the reference model's outside the certified layers: no number of the certificate speaks of it.
+
+    The bias of a batch-norm that is folded into a layer without bias of its own belongs to that layer.
+    """
     allowed = {f"{name}.{label}" if name else label for name in names for label in ("weight", "bias")}
+    allowed |= {f"{reading.norm}.bias" for name, reading in graph.readings.items() if reading.norm and model.get_submodule(name).bias is None}
     before, after = model.state_dict(), pruned.state_dict()
     storages = {before[key].data_ptr() for key in allowed if key in before}  # a module that is registered twice has several keys
     return [

@@ -46,7 +46,7 @@ class Magnitude:
 
     def solve(self, program: LayerProgram, target: float, watch: Watch | None = None) -> Solution:
         """Zeroes all but the largest weights."""
-        W = program.weights
-        kept = (W * largest_mask(W, kept_weights(W.numel(), target))).to(program.dtype)
-        b = None if program.bias is None else program.bias.to(program.dtype)
+        own = program.weights if program.fold is None else program.fold.raw(program.weights)
+        mask = largest_mask(own, kept_weights(own.numel(), target))
+        kept, b = program.stored(program.weights * mask, program.bias)
         return Solution(kept, b, Status.CONVERGED, program.distance(kept, b), 0)

@@ -260,8 +260,7 @@ class NetTrim:
         )
 
     def _original(self, program: LayerProgram, tolerance: float, distance: float) -> Solution:
-        W = program.weights.to(program.dtype)
-        b = None if program.bias is None else program.bias.to(program.dtype)
+        W, b = program.stored(program.weights, program.bias)
         status = Status.ORIGINAL_KEPT
         note = ("the tolerance is below what the arithmetic can resolve",) if tolerance > 0 else ()
         return Solution(W, b, status, distance, 0, tolerance=tolerance, tolerance_used=max(tolerance, distance), notes=note)
@@ -269,8 +268,8 @@ class NetTrim:
     def _penalised(self, p: StandardProgram, penalty: float, watch: Watch | None) -> Solution:
         program = p.source
         if penalty == 0:  # nothing but the distance is left to minimise
-            best, b = self._best_reachable(p), None if program.bias is None else program.bias.to(program.dtype)
-            own = Solution(program.weights.to(program.dtype), b, Status.CONVERGED, program.original_distance(), 0)
+            best = self._best_reachable(p)
+            own = Solution(*program.stored(program.weights, program.bias), Status.CONVERGED, program.original_distance(), 0)
             return replace(own if own.distance <= best.distance else best, penalty=0.0)
         if self.chosen_norm == "l1":
             result = l1.penalised(p, penalty, gap=self.gap, max_iterations=self._l1_iterations(), watch=watch)

@@ -38,9 +38,11 @@ def within_tolerance(program: LayerProgram, epsilon: float | None, factor: float
         notes = ("the tolerance is below what the arithmetic can resolve",) if radius > 0 else ()
         reached = max(tolerance, program.original_distance())
         return _solution(program, h, h.program.weights, Status.ORIGINAL_KEPT, 0, None, tolerance, reached, notes)
-    found, iterations, value, converged = _least_norm(h, radius, settings)
+    # behind batch-norm the weights are rounded once more when they are unfolded
+    inner = radius if program.fold is None else radius * (1 - 32 * torch.finfo(program.dtype).eps)
+    found, iterations, value, converged = _least_norm(h, inner, settings)
     solution = _solution(program, h, found, Status.CONVERGED, iterations, value, tolerance, tolerance)
-    if solution.distance <= tolerance and h.program.distance(found, None) <= radius:
+    if solution.distance <= tolerance and h.program.distance(found, None) <= inner:
         return solution if converged else _solution(program, h, found, Status.ITERATION_LIMIT, iterations, value, tolerance, tolerance)
     if h.original_residual > radius:  # V admits the original weights, so at their own residual the program has a solution
         wider = h.original_residual * (1 + 1e-3)
@@ -49,7 +51,7 @@ def within_tolerance(program: LayerProgram, epsilon: float | None, factor: float
         note = "no weights were found within the tolerance: the original weights' own residual was used, the least that is certain to do"
     else:
         note = f"the solver did not come within the tolerance in {iterations} iterations: raise max_iterations"
-    reached = program.distance(*h.split(found.to(program.dtype)))
+    reached = program.distance(*program.stored(*h.split(found)))
     wide = max(tolerance, reached)
     return _solution(program, h, found, Status.INFEASIBLE, iterations, value, tolerance, wide, (note,))
 
@@ -92,10 +94,10 @@ def _solution(
     notes: tuple[str, ...] = (),
     penalty: float | None = None,
 ) -> Solution:
-    U = U.to(program.dtype)
-    W, b = h.split(U)
+    W, b = program.stored(*h.split(U))
+    U = W if b is None else torch.cat([W, b[None]])
     return Solution(
-        W.contiguous(),
+        W,
         b,
         status,
         program.distance(W, b),

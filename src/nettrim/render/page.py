@@ -123,9 +123,11 @@ def _card(layer: LayerReport, mask: Mask | None, image: tuple[int, int, int] | N
     density = f"{percent(layer.density)} kept: {layer.nonzeros:,} of {layer.weights:,}"
     if mask is None:
         return _Card(layer.name, shape, density)
-    if mask.ndim != 2 or 0 in mask.shape:
-        raise InvalidInput(f"the mask of layer {layer.name!r} has shape {mask.shape}: give a boolean matrix of shape (outputs, inputs)")
-    kept = np.asarray(mask, dtype=np.bool_)
+    if mask.ndim < 2 or 0 in mask.shape:
+        raise InvalidInput(f"the mask of layer {layer.name!r} has shape {mask.shape}: give a boolean array with outputs first")
+    kept = np.asarray(mask, dtype=np.bool_).reshape(len(mask), -1)
+    if layer.kind == "Conv1D":  # transformers keep such weights as (inputs, outputs)
+        kept = kept.T
     reads = kept.sum(axis=0, dtype=np.int64)
     as_image = image is not None and math.prod(image) == len(reads)
     return _Card(

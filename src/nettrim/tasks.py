@@ -1,0 +1,156 @@
+"""One layer's optimisation problem: a program for each group of a convolution (one for every other layer), and their solutions as one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .methods.targets import kept_weights
+from .program import LayerProgram, Moments, dead_inputs, from_boxes
+from .solution import Solution
+from .status import Status
+from .units import Unit
+
+_WORST = (Status.INFEASIBLE, Status.ITERATION_LIMIT, Status.ORIGINAL_KEPT, Status.CONVERGED, Status.SKIPPED)
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """The programs of a layer; ``columns`` says which outputs each of them speaks of. Outputs in no program have a batch-norm factor
+    of zero: nothing that the layer does reaches them, so their weights become zero."""
+
+    programs: tuple[LayerProgram, ...]
+    columns: tuple[Tensor, ...]
+    weights: Tensor
+    bias: Tensor | None
+    rows: int
+
+    @property
+    def reference_norm(self) -> float:
+        """Frobenius norm of the layer's reference output on the rows of the programs."""
+        return math.hypot(*(p.reference_norm for p in self.programs))
+
+    def original_distance(self) -> float:
+        """Distance of the layer's own weights."""
+        return math.hypot(*(p.original_distance() for p in self.programs))
+
+    def dead_inputs(self) -> int:
+        """Inputs that never vary, over all groups."""
+        return sum(dead_inputs(p) for p in self.programs)
+
+    def targets(self, kind: str, target: float) -> list[float]:
+        """What to ask of each program, so that the layer as a whole meets ``target``; the kept weights of all groups add up exactly."""
+        if kind != "sparsity" or len(self.programs) == 1:
+            return [target] * len(self.programs)
+        sizes = [p.weights.numel() for p in self.programs]
+        total = sum(sizes)
+        kept = kept_weights(total, target)
+        before = 0
+        shares = []
+        for size in sizes:
+            count = round(kept * (before + size) / total) - round(kept * before / total)
+            shares.append(1 - count / size)
+            before += size
+        return shares
+
+    def solve(self, solve: Callable[[LayerProgram, float], Solution], kind: str, target: float) -> Solution:
+        """Solves all programs and puts their solutions together."""
+        return self._merged([solve(p, own) for p, own in zip(self.programs, self.targets(kind, target), strict=True)])
+
+    def _merged(self, parts: Sequence[Solution]) -> Solution:
+        if len(parts) == 1 and len(self.columns[0]) == self.weights.shape[1]:
+            return parts[0]
+        W = torch.zeros_like(self.weights)
+        b = None if self.bias is None else self.bias.clone()
+        for columns, part in zip(self.columns, parts, strict=True):
+            W[:, columns] = part.weights.double()
+            if b is not None and part.bias is not None:
+                b[columns] = part.bias.double()
+        if not parts:
+            return Solution(W, b, Status.CONVERGED, 0.0, 0)
+        first = parts[0]
+        gaps = [part.gap for part in parts if part.gap is not None]
+        violations = [part.violation for part in parts if part.violation is not None]
+        return replace(
+            first,
+            weights=W,
+            bias=b,
+            status=min((part.status for part in parts), key=_WORST.index),
+            distance=math.hypot(*(part.distance for part in parts)),
+            iterations=max(part.iterations for part in parts),
+            tolerance=_together([part.tolerance for part in parts]),
+            tolerance_used=_together([part.tolerance_used for part in parts]),
+            gap=max(gaps) if len(gaps) == len(parts) and len(parts) == 1 else None,  # gaps of parts are no gap of the whole
+            violation=max(violations) if violations else None,
+            notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+        )
+
+
+def _together(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.hypot(*known) if len(known) == len(values) else None
+
+
+class TaskBuilder:
+    """Collects the rows of one layer, batch by batch: as moments where boxes are points, otherwise as they are, ``count`` of them."""
+
+    def __init__(self, unit: Unit, count: int, dtype: torch.dtype, name: str) -> None:
+        self.unit, self.dtype, self.name = unit, dtype, name
+        self.W, self.b = unit.weights(), unit.bias()
+        N, M = self.W.shape
+        G = unit.view.groups
+        device = self.W.device
+        live = torch.ones(M, dtype=torch.bool, device=device) if unit.fold is None else unit.fold.live
+        every = torch.arange(M, device=device).reshape(G, -1)
+        groups = [(g, every[g][live[every[g]]]) for g in range(G)]
+        self.groups = [(g, columns) for g, columns in groups if len(columns)]
+        self.N = N
+        self.filled = 0
+        self.moments = self.kept = None
+        if unit.uses_moments:
+            self.moments = [Moments(self.W[:, c], None if self.b is None else self.b[c], dtype) for _, c in self.groups]
+        else:
+            make = torch.empty
+            self.kept = tuple(make(count, width, dtype=torch.float64, device=device) for width in (G * N, M, M, M))
+
+    def add(self, inputs: Tensor, lo: Tensor, hi: Tensor, Y: Tensor) -> None:
+        """Adds rows: inputs (p, G N), boxes less what is added to the layer, and reference outputs (p, M)."""
+        if self.kept is not None:
+            end = self.filled + len(inputs)
+            for kept, new in zip(self.kept, (inputs, lo, hi, Y), strict=True):
+                kept[self.filled : end] = new
+            self.filled = end
+            return
+        assert self.moments is not None
+        for (g, columns), moments in zip(self.groups, self.moments, strict=True):
+            moments.add(inputs[:, g * self.N : (g + 1) * self.N], lo[:, columns], Y[:, columns])
+        self.filled += len(inputs)
+
+    def build(self) -> LayerTask:
+        """The task of all rows added."""
+        programs = []
+        for position, (g, columns) in enumerate(self.groups):
+            fold = None if self.unit.fold is None else self.unit.fold.columns(columns)
+            if self.moments is not None:
+                program = replace(self.moments[position].program(), fold=fold)
+            else:
+                assert self.kept is not None
+                inputs, lo, hi, Y = self.kept
+                whole = len(columns) == self.W.shape[1]
+                picked = (lo, hi, Y) if whole else (lo[:, columns], hi[:, columns], Y[:, columns])
+                program = from_boxes(
+                    inputs if whole and self.unit.view.groups == 1 else inputs[:, g * self.N : (g + 1) * self.N],
+                    picked[0],
+                    picked[1],
+                    self.W[:, columns],
+                    None if self.b is None else self.b[columns],
+                    reference_norm=float(torch.linalg.vector_norm(picked[2])),
+                    dtype=self.dtype,
+                    fold=fold,
+                )
+            programs.append(replace(program, name=self.name))
+        return LayerTask(tuple(programs), tuple(columns for _, columns in self.groups), self.W, self.b, self.filled)
