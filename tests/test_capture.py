@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nettrim import InvalidInput, NetTrim, capture, prune
 from nettrim.calibration import Calibration
-from nettrim.capture import Selection, layer_program, reference_replica, replicate, scan
+from nettrim.capture import Selection, layer_task, reference_replica, replicate, scan
+from nettrim.graph import Chain, Graph, Reading
 from nettrim.preimage import IDENTITY, RELU
 
 CPU = torch.device("cpu")
@@ -96,7 +97,7 @@ def test_user_model_is_untouched_after_an_error(error: BaseException, where: str
     elif where == "model":
         model[3].forward = _after(fail, 6)  # type: ignore[method-assign]
     elif where == "pass":
-        monkeypatch.setattr("nettrim.pruning.layer_program", fail)
+        monkeypatch.setattr("nettrim.pruning.layer_task", fail)
     else:
         monkeypatch.setattr("nettrim.pruning.certify", fail)
     before = Snapshot(model)
@@ -209,10 +210,10 @@ def test_values_changed_in_place_later_in_the_pass(scheme: Any) -> None:
     model, x = Inplace(), data()
     replica = replicate(model, CPU, torch.float64)
     seen, _ = replica.calls(x, ["a", "b", "c"])
-    for name, ((inputs, outputs),) in seen.items():
+    for name, (call,) in seen.items():
         layer = replica.model.get_submodule(name)
-        torch.testing.assert_close(layer(inputs), outputs)
-    torch.testing.assert_close(seen["a"][0][0], x.double())
+        torch.testing.assert_close(layer(call.x), call.y)
+    torch.testing.assert_close(seen["a"][0].x, x.double())
     result = prune(model, x, NetTrim(sparsity=0.3), scheme=scheme, progress=False)
     assert result.certificate.holds
     assert [layer.distance for layer in result.certificate.layers] == pytest.approx(
@@ -360,7 +361,9 @@ def test_programs_do_not_depend_on_batches(sizes: list[int]) -> None:
     def program(batches: list[Tensor], activation: Any) -> Any:
         given = Calibration(batches)
         found = scan(reference, ["4"], given)
-        return layer_program("4", activation, reference, None, given, found, max_samples=25, seed=1, dtype=torch.float32)
+        reference.graph = Graph({"4": Reading(activation, "")}, Chain(()))
+        task = layer_task("4", reference, None, given, found, max_samples=25, seed=1, dtype=torch.float32)
+        return task.programs[0]
 
     kept, expected = program(list(x.split(sizes)), RELU), program([x], RELU)
     assert kept.inputs.shape == (25, 8)  # the cap holds: no other row is kept

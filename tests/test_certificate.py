@@ -257,7 +257,7 @@ def certified(model: nn.Module, result: PruneResult, batches: Calibration, schem
     stored = result.certificate
     reference, pruned = reference_replica(model, CPU, next(iter(batches)))[0], replicate(result.model, CPU, torch.float64)
     names = [layer.name for layer in stored.layers]
-    graph = read(reference.model, names)
+    graph = reference.graph = pruned.graph = read(reference.model, names)
     claims = [
         Claim(layer.name, graph.readings[layer.name].activation, layer.tolerance, layer.gap_kind, layer.gap_level)
         for layer in stored.layers
@@ -279,9 +279,10 @@ def test_altered_weights_do_not_hold() -> None:
 
 
 def test_a_tally_with_nan_does_not_hold() -> None:
-    tally = LayerTally(torch.full((2, 2), float("nan")), None, preimage.RELU)
+    W = torch.full((2, 2), float("nan"))
+    tally = LayerTally(W, False, preimage.RELU)
     x = torch.ones(3, 2, dtype=torch.float64)
-    tally.add(x, x, x, slice(None))
+    tally.add((x, x), x, x @ W.double(), x, 0.0, slice(None), lambda rows: x[rows])
     assert not tally.certificate("fc", 1.0, None, "").holds
 
 

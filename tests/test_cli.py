@@ -161,7 +161,7 @@ def test_an_unreachable_tolerance_ends_with_3(workplace: Path) -> None:
         (("prune", "mine:small", "--data", "nowhere.npy", "--output", "o", "--epsilon", "0.1"), "there is no such file"),
         (("prune", "mine:smal", "--data", "calibration.npy", "--output", "o", "--epsilon", "0.1"), "has no 'smal'"),
         (("prune", "mine:text", "--data", "calibration.npy", "--output", "o", "--epsilon", "0.1"), "must give an nn.Module"),
-        (("prune", "mine:nothing", "--data", "calibration.npy", "--output", "o", "--epsilon", "0.1"), "nothing that nettrim can prune"),
+        (("prune", "mine:nothing", "--data", "calibration.npy", "--output", "o", "--epsilon", "0.1"), "no layer that nettrim can prune"),
         (("prune", "mine:small", "--data", "calibration.npy", "--output", "mine.py", "--epsilon", "0.1"), "output folder"),
         (("prune", "mine:small", "--data", "calibration.npy", "--output", "o", "--epsilon", "l1=0.1"), "the nearest is '1'"),
         (

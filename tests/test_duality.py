@@ -7,7 +7,6 @@ import torch
 from layer_programs import layer
 
 from nettrim.duality import DualPoint, relative_gap
-from nettrim.preimage import IDENTITY
 from nettrim.program import LayerProgram, Moments
 from nettrim.solvers.l1 import dual_gap
 from nettrim.solvers.reference import preimage_l1, preimage_penalty
@@ -80,8 +79,8 @@ def test_penalised_bound(case: int, share: float) -> None:
 def test_compressed_bound(rows: int, bias: bool) -> None:
     """The compressed program bounds the full one, and is as tight at its optimum."""
     p = layer(rows, 9, 3, "identity", bias=bias, seed=rows, noise=0.3)
-    moments = Moments(p.weights, p.bias, IDENTITY, torch.float64)
-    moments.add(p.inputs, p.lo)
+    moments = Moments(p.weights, p.bias, torch.float64)
+    moments.add(p.inputs, p.lo, p.lo)
     small = moments.program()
     epsilon = 0.6 * p.reference_norm
     best = preimage_l1(*arrays(p), epsilon, bias=bias)

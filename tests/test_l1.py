@@ -98,12 +98,11 @@ def test_never_above_the_published_program(seed: int, bias: bool) -> None:
 
 
 def test_compressed_program_has_the_same_optimum() -> None:
-    from nettrim.preimage import IDENTITY
     from nettrim.program import Moments
 
     p = layer(60, 12, 4, "identity", seed=3, noise=0.2)
-    moments = Moments(p.weights, p.bias, IDENTITY, torch.float64)
-    moments.add(p.inputs, p.lo)
+    moments = Moments(p.weights, p.bias, torch.float64)
+    moments.add(p.inputs, p.lo, p.lo)
     small = moments.program()
     epsilon = 0.4 * p.reference_norm
     optimum = preimage_l1(*arrays(p), epsilon).objective

@@ -9,7 +9,7 @@ import pytest
 import torch
 from layer_programs import ACTIVATIONS, layer
 
-from nettrim.preimage import IDENTITY, RELU, leaky_relu
+from nettrim.preimage import IDENTITY, RELU
 from nettrim.program import LayerProgram, Moments, dead_inputs, from_rows, standardise
 from nettrim.status import InvalidInput
 
@@ -45,10 +45,10 @@ def test_moments_say_what_the_rows_say(kind: str, name: str, bias: bool) -> None
     Z = A @ W if b is None else A @ W + b
     Y = s.apply(Z + 0.1 * normal(5, P, M) * Z.std(unbiased=False))
     rows = from_rows(A, Y, s, W, b)
-    moments = Moments(W, b, s)
+    moments = Moments(W, b)
     sizes = [1, 20, 3, 33] if P == 57 else [P]
     for a, y in zip(A.split(sizes), Y.split(sizes), strict=True):
-        moments.add(a, y)
+        moments.add(a, s.box(y)[0], y)
     small = moments.program()
     assert small.rows == rows.rows == P
     assert small.shape[0] <= N + 1
@@ -59,16 +59,16 @@ def test_moments_say_what_the_rows_say(kind: str, name: str, bias: bool) -> None
 
 def test_moments_of_an_exact_reference_have_distance_zero() -> None:
     p = layer(50, 8, 3, "identity")
-    moments = Moments(p.weights, p.bias, IDENTITY)
-    moments.add(p.inputs, p.lo)
+    moments = Moments(p.weights, p.bias)
+    moments.add(p.inputs, p.lo, p.lo)
     assert moments.program().original_distance() <= 1e-10 * p.reference_norm
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_moments_of_inputs_that_are_all_zero(bias: bool) -> None:
     W, b = normal(0, 4, 2), torch.ones(2).double() if bias else None
-    moments = Moments(W, b, IDENTITY)
-    moments.add(torch.zeros(6, 4), torch.full((6, 2), 3.0))
+    moments = Moments(W, b)
+    moments.add(torch.zeros(6, 4), torch.full((6, 2), 3.0), torch.full((6, 2), 3.0))
     p = moments.program()
     assert p.original_distance() == pytest.approx(math.sqrt(12) * (2 if bias else 3), rel=1e-12)
     assert standardise(p).U0.shape == (0, 2)
@@ -76,12 +76,10 @@ def test_moments_of_inputs_that_are_all_zero(bias: bool) -> None:
 
 def test_moments_refuse() -> None:
     W = normal(0, 4, 2)
-    with pytest.raises(InvalidInput, match="from_rows"):
-        Moments(W, None, RELU)
     with pytest.raises(InvalidInput, match="empty"):
-        Moments(W, None, IDENTITY).program()
-    moments = Moments(W, None, leaky_relu(0.1))
-    moments.add(torch.full((3, 4), math.nan), torch.ones(3, 2))
+        Moments(W, None).program()
+    moments = Moments(W, None)
+    moments.add(torch.full((3, 4), math.nan), torch.ones(3, 2), torch.ones(3, 2))
     with pytest.raises(InvalidInput, match="NaN"):
         moments.program()
 

@@ -412,7 +412,7 @@ def test_selection(settings: dict[str, Any], expected: list[str]) -> None:
         ({"ignore": ["encoder.3"]}, UnknownLayer, "ignore: no layer fits 'encoder.3'; the nearest is 'encoder"),
         ({"ignore": ["re:nothing.*"]}, UnknownLayer, "ignore: no layer fits 're:nothing"),
         ({"ignore": ["re:("]}, InvalidInput, "not a valid pattern"),
-        ({"layers": ["norm"]}, InvalidInput, "'norm' is a LayerNorm and holds no Linear layer"),
+        ({"layers": ["norm"]}, InvalidInput, "'norm' is a LayerNorm and holds no layer that nettrim prunes: Linear"),
         ({"layers": "head"}, InvalidInput, "must be a list of layer names.*\\['head'\\]"),
         ({"ignore": "head"}, InvalidInput, "must be a list of layer names"),
         ({"layers": []}, NothingToPrune, "every prunable layer was excluded"),
@@ -430,7 +430,7 @@ def test_selection(settings: dict[str, Any], expected: list[str]) -> None:
         ({"seed": -1}, InvalidInput, "seed must be a whole number of at least 0, found -1"),
         ({"seed": None}, InvalidInput, "seed must be"),
         ({"model": "resnet"}, InvalidInput, "model must be an nn.Module, found str"),
-        ({"model": nn.Sequential(nn.ReLU())}, NothingToPrune, "has no Linear layer"),
+        ({"model": nn.Sequential(nn.ReLU())}, NothingToPrune, "has no layer that nettrim can prune: Linear"),
     ],
 )
 def test_refused_settings(settings: dict[str, Any], kind: type[Exception], message: str) -> None:
@@ -481,5 +481,5 @@ def test_view_is_readable() -> None:
     x = data()
     torch.testing.assert_close(layer.rows(x) @ layer.weights() + layer.bias(), model[0](x))
     assert layer.shape == (6, 10)
-    with pytest.raises(InvalidInput, match="is a ReLU; nettrim prunes Linear layers"):
+    with pytest.raises(InvalidInput, match="is a ReLU; nettrim prunes Linear, Conv1d"):
         view("1", model[1])

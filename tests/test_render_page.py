@@ -178,7 +178,7 @@ def test_empty_masks_and_zero_norms_are_drawn() -> None:
 
 
 def test_a_mask_that_is_no_matrix_is_refused() -> None:
-    with pytest.raises(InvalidInput, match=r"fc1.*\(64,\).*\(outputs, inputs\)"):
+    with pytest.raises(InvalidInput, match=r"fc1.*\(64,\).*outputs first"):
         page(masks={"fc1": np.ones(64, dtype=np.bool_)})
 
 

@@ -134,7 +134,9 @@ def _changed_elsewhere(model: nn.Module, pruned: nn.Module, names: Sequence[str]
     The bias of a batch-norm that is folded into a layer without bias of its own belongs to that layer.
     """
     allowed = {f"{name}.{label}" if name else label for name in names for label in ("weight", "bias")}
-    allowed |= {f"{reading.norm}.bias" for name, reading in graph.readings.items() if reading.norm and model.get_submodule(name).bias is None}
+    allowed |= {
+        f"{reading.norm}.bias" for name, reading in graph.readings.items() if reading.norm and model.get_submodule(name).bias is None
+    }
     before, after = model.state_dict(), pruned.state_dict()
     storages = {before[key].data_ptr() for key in allowed if key in before}  # a module that is registered twice has several keys
     return [
