@@ -11,6 +11,7 @@ ROOT = Path(nettrim.__file__).parent
 MATHEMATICS = ("preimage", "program", "prox", "duality", "solution", "certificate", "bounds", "recovery", "solvers")
 NETWORKS = (
     "layers",
+    "link",
     "graph",
     "capture",
     "calibration",

@@ -53,19 +53,27 @@ class Journal:
         return self.records[key]
 
     def _read(self) -> Iterator[tuple[str, Record]]:
-        lines = self.path.read_text(encoding="utf-8").splitlines()
+        text = self.path.read_text(encoding="utf-8")
+        *lines, rest = text.split("\n")  # what an interruption cut off has no newline behind it
+        if not lines:
+            if not (json.dumps(self.header) + "\n").startswith(rest):
+                raise InvalidInput(f"{self.path} must be a journal of an experiment, found something else: {_REMEDY}")
+            return
         for number, line in enumerate(lines):
             try:
                 found = json.loads(line)
-                if number == 0:
-                    if found != self.header:
-                        raise InvalidInput(f"{self.path} must belong to a run with {self.header}, found {found}: {_REMEDY}")
-                    continue
-                key, record = found["key"], found["record"]
+                if number > 0:
+                    key, record = found["key"], found["record"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                if number == len(lines) - 1:  # the run was cut off while writing it
-                    continue
                 raise InvalidInput(
                     f"{self.path} must hold one JSON record a line, found something else in line {number + 1}: {_REMEDY}"
                 ) from error
-            yield key, record
+            if number > 0:
+                yield key, record
+            elif found != self.header:
+                raise InvalidInput(f"{self.path} must belong to a run with {self.header}, found {found}: {_REMEDY}")
+        try:
+            found = json.loads(rest)
+            yield found["key"], found["record"]
+        except (json.JSONDecodeError, KeyError, TypeError):  # the run was cut off while writing it
+            return
