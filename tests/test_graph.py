@@ -353,7 +353,7 @@ def test_ends_of_chains() -> None:
             return self.fc(torch.relu(self.fc(x)))
 
     assert chain_of(Twice(), ["fc"]).reason == "layer 'fc' is called more than once"
-    assert "followed by different activations" in read(Twice().eval(), ["fc"]).readings["fc"].words
+    assert "followed by different things" in read(Twice().eval(), ["fc"]).readings["fc"].words
 
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -74,6 +74,20 @@ class Graph:
     notice: str = ""
     traced: fx.Graph | None = None
 
+    def feeding(self, name: str) -> set[str]:
+        """The modules whose calls the sum of a layer depends on, the layer itself left out; empty for a layer that is added to nothing."""
+        total = self.readings[name].total
+        if not total or self.traced is None:
+            return set()
+        waiting = [node for node in self.traced.nodes if node.name == total]
+        found: set[Node] = set()
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found.add(node)
+                waiting += node.all_input_nodes
+        return {str(node.target) for node in found if node.op == "call_module"} - {name}
+
 
 def read(
     model: nn.Module,

@@ -192,6 +192,7 @@ class _Run:
         if not names:
             raise NothingToPrune(f"{type(self.method).__name__}: no {self.method.kind} was given for any layer that the model calls")
         self.count = len(names)
+        self.names = list(names)
         if self.scheme == "parallel":
             schemes.parallel(names, self._capture, self._solve, self._write)
         else:
@@ -251,8 +252,13 @@ class _Run:
             notes.append(f"the largest violation of its constraints off Omega is {solution.violation:.2g}")
         if self.found.rows[name] > program.rows:
             notes.append(f"{program.rows} of {self.found.rows[name]} rows were used (max_samples)")
-        exact = self.scheme == "parallel" or self.method.correction == 1
-        if not exact and solution.tolerance is not None:
+        later = sorted(self.graph.feeding(name) & set(self.names[self.names.index(name) + 1 :])) if self.scheme == "cascade" else []
+        if later:
+            notes.append(
+                f"its sum is changed by {', '.join(later)}, pruned after it: what is certified of the sum stands with the last of them"
+            )
+        exact = self.scheme == "parallel" or (self.method.correction == 1 and not later)
+        if self.scheme == "cascade" and self.method.correction != 1 and solution.tolerance is not None:
             notes.append("correction below 1: the tolerance was kept to a shifted target, so the certificate states only what was achieved")
         self.reports.append(
             LayerReport(

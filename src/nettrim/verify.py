@@ -76,9 +76,9 @@ def verify(
         uncalled = [name for name in names if name not in found.order]
         if uncalled:
             raise InvalidInput(f"layer {uncalled[0]!r} is never called on these calibration data; give the data of the run")
-        problems += _unlike(report, stored, pruned_model, found, reference)
         stated = report.settings.get("stated_activations", {})
         graph = read_graph(reference, names, {name: preimage.named(text) for name, text in stated.items() if name in names}, first)
+        problems += _unlike(report, stored, pruned_model, found, reference, graph)
         problems += _changed_elsewhere(model, pruned_model, modules, graph)
         claims = []
         for layer in stored.layers:
@@ -150,11 +150,12 @@ def _changed_elsewhere(model: nn.Module, pruned: nn.Module, names: Sequence[str]
     ]
 
 
-def _unlike(report: PruneReport, stored: Certificate, pruned: nn.Module, found: Scan, reference: Replica) -> list[str]:
+def _unlike(report: PruneReport, stored: Certificate, pruned: nn.Module, found: Scan, reference: Replica, graph: Graph) -> list[str]:
     """Where the report does not state what the certificate and the weights say.
 
     The report's numbers are those of the moment when a layer was solved. They are the certificate's, too, unless the target was
-    shifted (``correction`` below 1) or the layer fed itself (a cascade's layer that is called more than once).
+    shifted (``correction`` below 1), the layer fed itself (a cascade's layer that is called more than once), or the branch that is added
+    to it was pruned after it.
     """
     problems = [
         f"report: {name} is stated as {getattr(report, name)!r}, in the certificate as {getattr(stored, name)!r}"
@@ -166,7 +167,7 @@ def _unlike(report: PruneReport, stored: Certificate, pruned: nn.Module, found: 
     if [layer.name for layer in report.layers] != [layer.name for layer in stored.layers]:
         return [*problems, "report: its layers are not those of the certificate"]
     modules = dict(pruned.named_modules())
-    for said, layer in zip(report.layers, stored.layers, strict=True):
+    for place, (said, layer) in enumerate(zip(report.layers, stored.layers, strict=True)):
         weights = view(layer.name, modules[layer.name]).weights()
         facts = {
             "inputs": weights.shape[0],
@@ -177,7 +178,8 @@ def _unlike(report: PruneReport, stored: Certificate, pruned: nn.Module, found: 
             "rows": layer.rows,
         }
         parallel = stored.scheme == "parallel"
-        lasting = parallel or (report.settings.get("correction", 1) == 1 and found.calls[layer.name] == 1)
+        later = graph.feeding(layer.name) & {other.name for other in report.layers[place + 1 :]}
+        lasting = parallel or (report.settings.get("correction", 1) == 1 and found.calls[layer.name] == 1 and not later)
         numbers = ("reference_norm", "distance", "original_distance") if lasting else ()
         agreement = max(AGREEMENT, 32 * reference.precision)
         if said.tolerance is not None and layer.tolerance is not None:
