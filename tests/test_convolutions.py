@@ -102,14 +102,17 @@ def test_without_pruning_the_network_is_the_same_function(method: Any, scheme: A
 
 
 @pytest.mark.parametrize("scheme", ["cascade", "parallel"])
-@settings(max_examples=6, deadline=None)
-@given(seed=st.integers(0, 10_000), epsilon=st.sampled_from([0.05, 0.2, 0.5]), norm=st.sampled_from(["l1", "l0"]), inplace=st.booleans())
-def test_layers_stay_within_their_tolerance(scheme: Any, seed: int, epsilon: float, norm: Any, inplace: bool) -> None:
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 10_000), epsilon=st.sampled_from([0.1, 0.4]), inplace=st.booleans())
+def test_layers_stay_within_their_tolerance(scheme: Any, seed: int, epsilon: float, inplace: bool) -> None:
     """Lemma 1 with pooling and added branches, on random networks: what moved is at most the distance, which the solver foresaw."""
     model = Residual(seed, inplace)
-    result = prune(model, images(12, seed), NetTrim(epsilon=epsilon, norm=norm), scheme=scheme, progress=False)
+    result = prune(model, images(12, seed), NetTrim(epsilon=epsilon, gap=0.1, max_iterations=400), scheme=scheme, progress=False)
     assert result.certificate.holds
     for layer, report in zip(result.certificate.layers, result.report.layers, strict=True):
+        if scheme == "cascade" and layer.name == "two.conv2":  # the other branch is pruned after it
+            assert layer.tolerance is None and "two.short.0, pruned after it" in " ".join(report.notes)
+            continue
         assert layer.distance == pytest.approx(report.distance, rel=1e-6, abs=1e-9 * report.reference_norm)
         assert layer.tolerance is not None and layer.distance <= layer.tolerance * (1 + 1e-9)
         if scheme == "cascade":
@@ -179,7 +182,12 @@ def test_channels_that_batch_norm_silences_lose_their_weights_and_nothing_else()
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.77, 0.9])
 def test_budgets_are_exact_for_grouped_convolutions_too(sparsity: float) -> None:
-    result = prune(Residual(), images(), NetTrim(sparsity=sparsity), progress=False)
+    model = Residual()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # no channel is silent: weights of inputs that never vary are zero whatever the budget
+            module.weight.data.abs_().add_(0.2)
+            module.bias.data.add_(1.0)
+    result = prune(model, images(), NetTrim(sparsity=sparsity), progress=False)
     for layer in result.report.layers:
         assert abs(layer.nonzeros - (1 - sparsity) * layer.weights) <= 1, layer.name
 

@@ -37,8 +37,9 @@ from torch import Tensor, fx, nn
 from . import calibration as data
 from .calibration import Batches, Calibration
 from .capture import Replica, device_of, random_state_kept, reference_replica, scan
-from .graph import Graph, activation_of, read
+from .graph import Graph, read
 from .layers import view
+from .nodes import activation_of
 from .preimage import Activation
 from .selection import select
 from .status import InvalidInput
