@@ -234,25 +234,28 @@ def _follow(
 
 
 def _chain(graph: fx.Graph, modules: Mapping[str, nn.Module], layers: set[str], consumed: set[Node], contradicted: set[str]) -> Chain:
-    """Follows the one path from the input to the output, as far as there is one."""
+    """Follows the one path from the first layer asked for to the output, as far as there is one.
+
+    Nothing before it matters: both networks agree there, and so do branches that depend on none of the layers.
+    """
     used = _used(graph)
-    inputs = [node for node in graph.nodes if node.op == "placeholder" and node in used]
-    if len(inputs) != 1:
-        return Chain((), f"the model has {len(inputs)} inputs")
+    calls = [node for node in graph.nodes if node.op == "call_module" and str(node.target) in layers and node in used]
+    if not calls:
+        return Chain((), "no layer that can be pruned is on the way to the output")
+    changed = _depending(calls)
     steps: list[Step] = []
     seen: set[str] = set()
-    current = inputs[0]
+    node = calls[0]
     while True:
-        users = [user for user in current.users if not reads_shape(user)]
-        if len(users) != 1:
-            return Chain(tuple(steps), f"the path branches after {label(current, modules)}")
-        node = users[0]
-        if node.op == "output":
-            whole = node.args[0] is current
-            return Chain(tuple(steps), "" if whole else "the output is more than one tensor")
-        if sum(1 for argument in node.all_input_nodes if not reads_shape(argument)) != 1:
-            return Chain(tuple(steps), f"{label(node, modules)} has more than one input")
         name = str(node.target) if node.op == "call_module" else ""
+        if node.op == "output":
+            if node.args[0] not in changed:
+                return Chain(tuple(steps), "the output is more than one tensor")
+            aside = [str(call.target) for call in calls if str(call.target) not in seen]
+            return Chain(tuple(steps), f"layer {aside[0]!r} is on another path" if aside else "")
+        inputs = [argument for argument in node.all_input_nodes if argument in changed and not reads_shape(argument)]
+        if node is not calls[0] and len(inputs) != 1:
+            return Chain(tuple(steps), f"{label(node, modules)} has more than one input that changes")
         if name and hooked(modules[name]):
             return Chain(tuple(steps), f"{label(node, modules)} has hooks, whose effect is not known")
         # a layer that is not pruned counts only when it is known to compute x W + b; those that are pruned were checked on data
@@ -263,7 +266,7 @@ def _chain(graph: fx.Graph, modules: Mapping[str, nn.Module], layers: set[str], 
                 return Chain(tuple(steps), f"the activation stated for layer {name!r} is not the one in the graph")
             seen.add(name)
             steps.append(Step(name))
-        elif node in consumed or passes(node, modules):
+        elif node in consumed or passes(node, modules) or (inputs and adds(node, inputs[0])):
             pass
         elif norm_of(node, modules) is not None:
             steps.append(Step(None, norm_lipschitz(modules[name])))
@@ -275,7 +278,22 @@ def _chain(graph: fx.Graph, modules: Mapping[str, nn.Module], layers: set[str], 
                 return Chain(tuple(steps), f"no Lipschitz constant is known for {label(node, modules)}")
             if activation.lipschitz != 1.0:
                 steps.append(Step(None, activation.lipschitz))
-        current = node
+        users = [user for user in node.users if not reads_shape(user) and user in used]
+        if len(users) != 1:
+            return Chain(tuple(steps), f"the path branches after {label(node, modules)}")
+        node = users[0]
+
+
+def _depending(nodes: Iterable[Node]) -> set[Node]:
+    """These nodes and all that depend on them."""
+    found: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.users
+    return found
 
 
 def _used(graph: fx.Graph) -> set[Node]:

@@ -39,7 +39,7 @@ from .calibration import Batches, Calibration
 from .capture import Replica, device_of, random_state_kept, reference_replica, scan
 from .graph import Graph, read
 from .layers import view
-from .nodes import activation_of
+from .nodes import activation_of, norm_of
 from .preimage import Activation
 from .selection import select
 from .status import InvalidInput
@@ -95,7 +95,7 @@ class LinkNormalised:
 
 
 def normalise(model: nn.Module, example: Batches) -> LinkNormalised:
-    """A copy of a chain of Linear layers with ``||W_l||_1 = 1`` in every layer, and the scales that lead back; ``model`` is left unchanged.
+    """A copy of a chain of layers with ``||W_l||_1 = 1`` in every layer, and the scales that lead back; ``model`` is left unchanged.
 
     Args:
         model: layers joined by positively homogeneous maps (above). What comes before the first layer is free.
@@ -203,7 +203,7 @@ def _chain_of(graph: Graph, names: Sequence[str]) -> list[str]:
     if graph.chain.reason:
         cause = graph.notice or graph.chain.reason
         raise InvalidInput(
-            f"normalise needs one chain of Linear layers from input to output, joined by positively homogeneous maps: {cause}; "
+            f"normalise needs one chain of layers from input to output, joined by positively homogeneous maps: {cause}; "
             "rewrite the model, or use nettrim.prune without normalising (its bounds do not need it)"
         )
     order = [step.layer for step in graph.chain.steps if step.layer is not None]
@@ -226,6 +226,11 @@ def _refuse_inhomogeneous(graph: Graph, steps: Sequence[fx.Node], model: nn.Modu
     for node in steps:
         if node.op == "call_module" and str(node.target) in order:
             behind, last = True, str(node.target)
+        elif behind and norm_of(node, modules) is not None:
+            raise InvalidInput(
+                f"{node.target} ({type(modules[str(node.target)]).__name__}) is an affine map of its own: link normalisation needs layers "
+                "joined by positively homogeneous maps; fold it into its layer first (torch.nn.utils.fusion.fuse_conv_bn_eval)"
+            )
         elif behind and (activation := activation_of(node, modules)) is not None:
             _check_homogeneous(activation, f"step {node.name!r} behind layer {last!r} is")
 
