@@ -1,0 +1,7 @@
+"""The table and the picture of ``mnist_fc``."""
+
+from __future__ import annotations
+
+from .curves_figures import picture, table
+
+__all__ = ["picture", "table"]
