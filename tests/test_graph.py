@@ -229,7 +229,7 @@ def test_nested_modules_with_residuals() -> None:
     names = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "head"]
     graph = read(Nested().eval(), names)
     assert [graph.readings[name].activation for name in names] == [RELU, IDENTITY, RELU, IDENTITY, IDENTITY]
-    assert graph.chain == Chain((), "the path branches after the input")
+    assert graph.chain == Chain((Step("blocks.0.up"), Step("blocks.0.down")), "the path branches after add")
 
 
 def test_arguments_that_are_not_given_keep_their_defaults() -> None:
@@ -326,7 +326,8 @@ def test_the_whole_chain() -> None:
 
 def test_layers_that_are_not_pruned_are_steps_too() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
-    assert chain_of(net, ["2"]) == Chain((Step("0"), Step("2")))
+    assert chain_of(net, ["0"]) == Chain((Step("0"), Step("2")))
+    assert chain_of(net, ["2"]) == Chain((Step("2"),))  # before it, both networks agree
 
 
 def test_a_linear_subclass_that_is_not_pruned_ends_the_chain() -> None:
@@ -334,9 +335,10 @@ def test_a_linear_subclass_that_is_not_pruned_ends_the_chain() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    net = nn.Sequential(Doubled(4, 6), nn.ReLU(), nn.Linear(6, 3))
-    assert chain_of(net, ["2"]).steps == ()
-    assert chain_of(net, ["2"]).reason
+    net = nn.Sequential(nn.Linear(4, 4), Doubled(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    assert chain_of(net, ["0"]).steps == (Step("0"),)
+    assert chain_of(net, ["0"]).reason
+    assert chain_of(net, ["3"]) == Chain((Step("3"),))
 
 
 def test_ends_of_chains() -> None:
@@ -363,7 +365,7 @@ def test_ends_of_chains() -> None:
         def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             return self.fc(x), y
 
-    assert chain_of(Two(), ["fc"]).reason == "the model has 2 inputs"
+    assert chain_of(Two(), ["fc"]).reason == "the output is more than one tensor"
 
     class Pair(nn.Module):
         def __init__(self) -> None:

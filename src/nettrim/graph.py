@@ -13,6 +13,7 @@ from . import preimage
 from .nodes import (
     activation_of,
     adds,
+    adds_number,
     hooked,
     keeps_places,
     label,
@@ -254,8 +255,9 @@ def _chain(graph: fx.Graph, modules: Mapping[str, nn.Module], layers: set[str], 
             aside = [str(call.target) for call in calls if str(call.target) not in seen]
             return Chain(tuple(steps), f"layer {aside[0]!r} is on another path" if aside else "")
         inputs = [argument for argument in node.all_input_nodes if argument in changed and not reads_shape(argument)]
-        if node is not calls[0] and len(inputs) != 1:
-            return Chain(tuple(steps), f"{label(node, modules)} has more than one input that changes")
+        others = len(node.all_input_nodes) - len(inputs)  # a sum that a reading names was seen to have the layer's own shape
+        if node is not calls[0] and (len(inputs) != 1 or (others and node not in consumed)):
+            return Chain(tuple(steps), f"{label(node, modules)} has more than one input")
         if name and hooked(modules[name]):
             return Chain(tuple(steps), f"{label(node, modules)} has hooks, whose effect is not known")
         # a layer that is not pruned counts only when it is known to compute x W + b; those that are pruned were checked on data
@@ -266,7 +268,7 @@ def _chain(graph: fx.Graph, modules: Mapping[str, nn.Module], layers: set[str], 
                 return Chain(tuple(steps), f"the activation stated for layer {name!r} is not the one in the graph")
             seen.add(name)
             steps.append(Step(name))
-        elif node in consumed or passes(node, modules) or (inputs and adds(node, inputs[0])):
+        elif node in consumed or passes(node, modules) or adds_number(node):
             pass
         elif norm_of(node, modules) is not None:
             steps.append(Step(None, norm_lipschitz(modules[name])))

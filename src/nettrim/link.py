@@ -39,7 +39,8 @@ from .calibration import Batches, Calibration
 from .capture import Replica, device_of, random_state_kept, reference_replica, scan
 from .graph import Graph, read
 from .layers import view
-from .nodes import activation_of, norm_of
+from .nodes import activation_of, adds_number, norm_of
+from .nodes import label as label_of
 from .preimage import Activation
 from .selection import select
 from .status import InvalidInput
@@ -226,9 +227,9 @@ def _refuse_inhomogeneous(graph: Graph, steps: Sequence[fx.Node], model: nn.Modu
     for node in steps:
         if node.op == "call_module" and str(node.target) in order:
             behind, last = True, str(node.target)
-        elif behind and norm_of(node, modules) is not None:
+        elif behind and (norm_of(node, modules) is not None or adds_number(node)):
             raise InvalidInput(
-                f"{node.target} ({type(modules[str(node.target)]).__name__}) is an affine map of its own: link normalisation needs layers "
+                f"{label_of(node, modules)} is an affine map of its own: link normalisation needs layers "
                 "joined by positively homogeneous maps; fold it into its layer first (torch.nn.utils.fusion.fuse_conv_bn_eval)"
             )
         elif behind and (activation := activation_of(node, modules)) is not None:

@@ -187,6 +187,11 @@ def adds(node: Node, current: Node) -> bool:
     return sum(argument is current for argument in node.args) == 1 and all(isinstance(a, (Node, int, float)) for a in node.args)
 
 
+def adds_number(node: Node) -> bool:
+    """True for the sum of a tensor and a number."""
+    return len(node.all_input_nodes) == 1 and adds(node, node.all_input_nodes[0])
+
+
 def pool_of(node: Node, modules: Mapping[str, nn.Module]) -> Pool | None:
     """The max-pooling over disjoint windows that a node computes, or ``None``."""
     found = _window(node, modules, "max")
