@@ -89,6 +89,11 @@ class ExperimentName(StrEnum):
     """Published experiments that can be repeated."""
 
     recovery = "recovery"
+    spirals = "spirals"
+    mnist_fc = "mnist-fc"
+    mnist_lenet_fc = "mnist-lenet-fc"
+    cascade_vs_parallel = "cascade-vs-parallel"
+    robustness = "robustness"
 
 
 class DatasetName(StrEnum):
@@ -262,23 +267,28 @@ def reproduce_command(
     output: Annotated[Path, typer.Option(help="Folder for numbers and pictures; an interrupted run there is continued.")] = Path(
         "out/reproduce"
     ),
-    quick: Annotated[bool, typer.Option(help="A smaller form, under two minutes on two cores.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of all trials.")] = 0,
+    quick: Annotated[bool, typer.Option(help="A smaller form, about two minutes on two cores.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    dataset: Annotated[DatasetName, typer.Option(help="Images of the experiments that need some.")] = DatasetName.mnist,
+    data: Annotated[Path | None, typer.Option(help="Folder with the IDX files of mnist or fashion-mnist.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration images; by default the experiment's own choice.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Repeat a published experiment: numbers, a table and a picture."""
-    from .experiments import recovery, recovery_figures  # linear programming and drawing are needed only here
+    """Repeat a published experiment: numbers beside the published ones, a table and a picture."""
+    from .experiments import reproduce  # what the experiments need is needed only here
 
-    assert name is ExperimentName.recovery  # the only one so far
     folder = checkpoint.check_writable(output / name.value)
     with CountBar(Console(stderr=True), silent=as_json) as bar:
-        summary = recovery.run(quick=quick, seed=seed, out=folder, progress=bar.advance)
+        settings = reproduce.Settings(folder, quick, seed, dataset.value, data, samples, bar.advance)
+        outcome = reproduce.run(name.value, settings)
     if as_json:
-        _print_json(summary.to_dict())
+        _print_json(outcome.numbers)
         return
     console = Console()
-    console.print(recovery_figures.table(summary))
-    for file in summary.files:
+    console.print(outcome.table)
+    for line in outcome.words:
+        console.print(line, highlight=False, markup=False)
+    for file in outcome.files:
         console.print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
 
 
