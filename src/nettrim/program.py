@@ -17,7 +17,7 @@ from .fold import Fold
 from .preimage import Activation, nearest_point
 from .status import InvalidInput
 
-CHUNK_ENTRIES = 1 << 24  # entries of one float64 block in chunked passes: 128 MiB
+CUT = 1e-13  # eigenvalues of a Gram matrix below this share of the largest are rounding
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class LayerProgram:
     stands for, ``unreachable`` the squared distance that no weights can remove (compressed programs only), ``dtype`` the dtype
     in which the layer stores its weights. In a ``hard`` program only points may be missed: every other box is a constraint (the published
     program, :mod:`nettrim.halfspace`). ``name`` is the layer's, for settings that differ by layer. ``fold`` is
-    the batch-norm that ``weights`` and ``bias`` have taken in, if any.
+    the batch-norm that ``weights`` and ``bias`` have taken in, if any. ``rounding`` times the squared distance from ``weights`` is what
+    compression can have lost of a squared distance; it is added, so that distances are never stated too small.
     """
 
     inputs: Tensor
@@ -45,6 +46,7 @@ class LayerProgram:
     hard: bool = False
     name: str = ""
     fold: Fold | None = None
+    rounding: float = 0.0
 
     def __post_init__(self) -> None:
         if self.inputs.ndim != 2 or self.weights.ndim != 2:
@@ -100,7 +102,8 @@ class LayerProgram:
         """``dist(A W + e b^T, [lo, hi])`` in float64."""
         Z = self.preactivation(W, b)
         Z -= nearest_point(Z, self.lo, self.hi)
-        return math.sqrt(float(Z.square().sum()) + self.unreachable)
+        lost = self.rounding * float((W.double() - self.weights).square().sum()) if self.rounding else 0.0
+        return math.sqrt(float(Z.square().sum()) + self.unreachable + lost)
 
     def original_distance(self) -> float:
         """The distance of the layer's own weights."""
@@ -211,7 +214,8 @@ class Moments:
             cross = cross - torch.outer(mean, self.error_sum)
             error_square -= float(self.error_sum.square().sum()) / self.rows
         values, Q = torch.linalg.eigh((gram + gram.T) / 2)
-        keep = values > values[-1].clamp(min=0) * 1e-13
+        largest = float(values[-1].clamp(min=0))
+        keep = values > largest * CUT
         root = values[keep].clamp(min=0).sqrt()
         Q = Q[:, keep]
         inputs = root[:, None] * Q.T
@@ -240,6 +244,7 @@ class Moments:
             rows=self.rows,
             unreachable=unreachable,
             dtype=self.dtype,
+            rounding=largest * CUT,
         )
 
 
@@ -309,6 +314,27 @@ class StandardProgram:
         U = (W.double()[self.live] * self.scale[:, None]).to(self.A.dtype)
         c = None if b is None else (b.double() + self.mean @ W.double()).to(self.A.dtype)
         return U, c
+
+
+def damped(program: LayerProgram, share: float) -> LayerProgram:
+    """The program with ``share`` of the mean diagonal of its centred Gram matrix times ``||W - W0||_F^2`` added to the squared distance.
+
+    It keeps weights of inputs that hardly vary on the calibration data from growing without bound: nothing else holds them back, and
+    other inputs may vary there. Written as N further rows, so that everything that holds for programs holds for it.
+    """
+    A, e = program.inputs, program.bias_column
+    centred = A if e is None else A - torch.outer(e, (e @ A) / e.square().sum())
+    size = math.sqrt(share * float(centred.square().sum()) / max(A.shape[1], 1))
+    if size == 0.0:
+        return program
+    rows, target = size * torch.eye(A.shape[1], dtype=A.dtype, device=A.device), size * program.weights
+    return replace(
+        program,
+        inputs=torch.cat([A, rows]),
+        lo=torch.cat([program.lo, target]),
+        hi=torch.cat([program.hi, target]),
+        bias_column=None if e is None else torch.cat([e, e.new_zeros(len(rows))]),
+    )
 
 
 def _live(scale: Tensor, norm: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What every experiment is given. ``dataset``, ``data`` and ``samples`` are for those on images; ``samples`` ``None`` is their own choice."""
+    """What every experiment is given. ``dataset``, ``data`` and ``samples`` are for those on images; without ``samples`` they choose."""
 
     out: Path
     quick: bool = False

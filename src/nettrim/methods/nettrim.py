@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from ..program import LayerProgram, StandardProgram, standardise
+from ..program import LayerProgram, StandardProgram, damped, standardise
 from ..solution import Solution, Watch
 from ..solvers import l0, l1
 from ..solvers.polish import polish as polish_support
@@ -44,7 +44,8 @@ class NetTrim:
             optimum itself; on for l0.
         correction: in the cascade, how far the target stands at the reference output (1) rather than at the unpruned layer's own
             response to the pruned inputs (0). Tolerances are guaranteed for 1 only.
-        ridge: l0 only: weight of the pull towards the original weights, relative to the mean diagonal of the Gram matrix.
+        ridge: l0 only: weight of ``||W - W0||^2`` beside the squared distance while weights are chosen, relative to the mean diagonal of
+            the Gram matrix. It keeps weights of inputs that hardly vary from growing; distances that are stated do not contain it.
         gap: l1 only: relative duality gap at which the solver stops.
         max_iterations: iterations of one solve; the default is 3000 for l1 and 500 for l0.
 
@@ -61,7 +62,7 @@ class NetTrim:
     norm: Literal["l1", "l0"] | None = None
     polish: bool | None = None
     correction: float = 1.0
-    ridge: float = 0.01
+    ridge: float = 0.001
     gap: float = 0.01
     max_iterations: int | None = None
 
@@ -162,7 +163,10 @@ class NetTrim:
     def _solve(self, program: LayerProgram, target: float, factor: float | None, watch: Watch | None) -> Solution:
         if self.program == "halfspace":
             return self._published(program, target, factor, watch)
-        standard = standardise(program, power=0.5 if self.chosen_norm == "l1" else 1.0)
+        if self.chosen_norm == "l1":
+            standard = standardise(program, power=0.5)
+        else:
+            standard = replace(standardise(damped(program, self.ridge), power=1.0), source=program)
         if self.kind == "epsilon":
             return self._within_tolerance(standard, target, factor, watch)
         if self.kind == "penalty":
@@ -195,7 +199,7 @@ class NetTrim:
         tolerance = epsilon * program.reference_norm if factor is None else factor * original
         used, notes = tolerance, tuple[str, ...]()
         if original > tolerance:
-            best = self._best_reachable(p)
+            best = self._best_reachable(program)
             if best.distance > tolerance:
                 used = min(best.distance * ABOVE_BEST, original)
                 share = best.distance / program.reference_norm if program.reference_norm > 0 else math.inf
@@ -226,7 +230,7 @@ class NetTrim:
                 W, b = p.restore(U, c)
                 distance, gap = program.distance(W, b), l1.dual_gap(program, W, b, epsilon=used)
         else:
-            found = l0.within_tolerance(p, used, ridge=self.ridge, max_iterations=self._l0_iterations(), watch=watch)
+            found = l0.within_tolerance(p, used, max_iterations=self._l0_iterations(), watch=watch)
             if found is None:
                 return self._fallback(p, tolerance, used, original, notes)
             W, b = p.restore(found.U, found.c)
@@ -236,8 +240,9 @@ class NetTrim:
         status = Status.INFEASIBLE if used > tolerance else Status.CONVERGED if converged else Status.ITERATION_LIMIT
         return Solution(W, b, status, distance, iterations, tolerance=tolerance, tolerance_used=used, gap=gap, notes=notes)
 
-    def _best_reachable(self, p: StandardProgram) -> Solution:
+    def _best_reachable(self, program: LayerProgram) -> Solution:
         """Least distance over all weights of the layer."""
+        p = standardise(program, power=0.5)
         every = torch.ones_like(p.U0, dtype=torch.bool)
         U, c, _ = polish_support(p, p.U0, p.c0, support=every, rounds=30, steps=60, tolerance=1e-6)
         W, b = p.restore(U, c)
@@ -247,16 +252,14 @@ class NetTrim:
         """No sparse weights met the tolerance: the original ones when they do, otherwise those of least distance."""
         if original <= tolerance:
             return self._original(p.source, tolerance, original)
-        best = self._best_reachable(p)
-        return Solution(
-            best.weights,
-            best.bias,
-            Status.INFEASIBLE,
-            best.distance,
-            0,
+        best = self._best_reachable(p.source)
+        met = best.distance <= tolerance
+        return replace(
+            best,
+            status=Status.ITERATION_LIMIT if met else Status.INFEASIBLE,
             tolerance=tolerance,
-            tolerance_used=max(used, best.distance),
-            notes=notes,
+            tolerance_used=tolerance if met else max(used, best.distance),
+            notes=(*notes, "no sparse weights were found within the tolerance: those of least distance were taken"),
         )
 
     def _original(self, program: LayerProgram, tolerance: float, distance: float) -> Solution:
@@ -268,7 +271,7 @@ class NetTrim:
     def _penalised(self, p: StandardProgram, penalty: float, watch: Watch | None) -> Solution:
         program = p.source
         if penalty == 0:  # nothing but the distance is left to minimise
-            best = self._best_reachable(p)
+            best = self._best_reachable(program)
             own = Solution(*program.stored(program.weights, program.bias), Status.CONVERGED, program.original_distance(), 0)
             return replace(own if own.distance <= best.distance else best, penalty=0.0)
         if self.chosen_norm == "l1":
@@ -276,7 +279,7 @@ class NetTrim:
             W, b, iterations, converged = result.weights, result.bias, result.iterations, result.converged
             gap: float | None = result.gap
         else:
-            found = l0.penalised(p, penalty, ridge=self.ridge, max_iterations=self._l0_iterations(), watch=watch)
+            found = l0.penalised(p, penalty, max_iterations=self._l0_iterations(), watch=watch)
             (W, b), iterations, converged, gap = p.restore(found.U, found.c), found.iterations, found.converged, None
         if self.polish and self.chosen_norm == "l1":
             U, c = p.enter(W, b)
@@ -291,7 +294,7 @@ class NetTrim:
         k = kept_weights(program.weights.numel(), sparsity)
         if self.chosen_norm == "l0":
             rounds = 0 if self.polish is False else 6
-            found = l0.within_budget(p, k, ridge=self.ridge, max_iterations=self._l0_iterations(), polish_rounds=rounds, watch=watch)
+            found = l0.within_budget(p, k, max_iterations=self._l0_iterations(), polish_rounds=rounds, watch=watch)
             (W, b), iterations, converged = p.restore(found.U, found.c), found.iterations, found.converged
         else:
             result = l1.within_budget(p, k, gap=self.gap, max_iterations=self._l1_iterations(), watch=watch)
