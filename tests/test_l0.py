@@ -10,7 +10,9 @@ import pytest
 import torch
 from layer_programs import layer
 
-from nettrim.program import LayerProgram, standardise
+from nettrim import NetTrim
+from nettrim.preimage import RELU
+from nettrim.program import LayerProgram, from_rows, standardise
 from nettrim.solvers import l0
 from nettrim.solvers.polish import polish
 from nettrim.solvers.reference import nearest
@@ -181,3 +183,17 @@ def test_polish_reaches_the_least_distance_of_box_programs(activation: str, bias
     for start in (s.U0, torch.zeros_like(s.U0)):
         reached = polish(s, start, s.c0, support=every, rounds=50, steps=60, tolerance=1e-9)[2]
         assert reached == pytest.approx(best, rel=1e-5)
+
+
+def test_weights_of_inputs_that_hardly_vary_stay_small() -> None:
+    """An input seen in one sample of 200 can explain anything there, at any size; the ridge keeps it from doing so."""
+    p = layer(200, 30, 10, seed=1, dtype=torch.float32)
+    rare = p.inputs.clone()
+    rare[:, 20:] = 0.0
+    rare[torch.arange(10), torch.arange(20, 30)] = 0.05
+    q = from_rows(rare, (rare @ p.weights + p.bias).relu(), RELU, p.weights, p.bias)
+    free, held = (NetTrim(epsilon=0.1, norm="l0", ridge=ridge).solve(q, 0.1) for ridge in (0.0, 0.001))
+    largest = float(p.weights.abs().max())
+    assert float(held.weights.abs().max()) < 4 * largest
+    assert float(free.weights.abs().max()) > float(held.weights.abs().max())
+    assert held.distance <= 0.1 * q.reference_norm and held.distance == pytest.approx(q.distance(held.weights, held.bias))

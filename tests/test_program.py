@@ -9,8 +9,8 @@ import pytest
 import torch
 from layer_programs import ACTIVATIONS, layer
 
-from nettrim.preimage import IDENTITY, RELU
-from nettrim.program import LayerProgram, Moments, dead_inputs, from_rows, standardise
+from nettrim.preimage import IDENTITY
+from nettrim.program import LayerProgram, Moments, damped, dead_inputs, from_rows, standardise
 from nettrim.status import InvalidInput
 
 
@@ -190,3 +190,28 @@ def test_more_refusals() -> None:
         replace(p, bias=None)
     with pytest.raises(InvalidInput, match="lo <= hi"):
         replace(p, lo=p.hi + 1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_compressed_distances_are_never_too_small(bias: bool) -> None:
+    """Weights far larger than the original ones: what cancels in the Gram matrix is added to the distance."""
+    A = normal(1, 200, 30) @ torch.diag(10.0 ** -torch.arange(30, dtype=torch.float64).div(5))
+    W, b = normal(2, 30, 4), normal(3, 4) if bias else None
+    rows = from_rows(A, A @ W if b is None else A @ W + b, IDENTITY, W, b)
+    moments = Moments(W, b)
+    moments.add(A, rows.lo, rows.lo)
+    small = moments.program()
+    for scale in (1.0, 60.0, 1e4):
+        V = W + scale * normal(4, 30, 4)
+        assert small.distance(V, b) >= rows.distance(V, b) * (1 - 1e-14)
+        assert small.distance(V, b) == pytest.approx(rows.distance(V, b), rel=1e-4)
+
+
+def test_damped_programs_add_the_distance_of_the_weights() -> None:
+    p = layer(40, 6, 3, seed=2)
+    q = damped(p, 0.01)
+    centred = p.inputs - p.inputs.mean(0)
+    weight = 0.01 * float(centred.square().sum(0).mean())
+    V = p.weights + normal(5, 6, 3)
+    assert q.distance(V, p.bias) ** 2 == pytest.approx(p.distance(V, p.bias) ** 2 + weight * float((V - p.weights).square().sum()))
+    assert damped(p, 0.0) is p

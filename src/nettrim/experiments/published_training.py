@@ -232,10 +232,10 @@ def trained(
     shape = "-".join(map(str, (*architecture.channels, *architecture.sizes)))
     path = cache / f"{dataset.name}-{shape}-seed{seed}-{key}.safetensors"
     model = architecture.build(seed)
-    if reuse and _restored(model, path, stated):
+    if reuse and restored(model, path, stated):
         return model
     train(model, dataset.train_images, dataset.train_labels, recipe, seed, tell)
-    _store(model, path, stated)
+    store(model, path, stated)
     return model
 
 
@@ -277,7 +277,7 @@ def _check_loss(loss: Tensor, done: int) -> None:
         raise InvalidInput(f"the training loss must stay finite, found {loss.item()} after iteration {done + 1}; lower learning_rate")
 
 
-def _restored(model: nn.Module, path: Path, stated: str) -> bool:
+def restored(model: nn.Module, path: Path, stated: str) -> bool:
     """Fills ``model`` from a sound file that states exactly what is asked for; warns about any other."""
     if not path.exists():
         return False
@@ -299,7 +299,7 @@ def _written(weights: dict[str, Tensor], stated: str) -> dict[str, str]:
     return {"stated": stated, "weights_sha256": digest(*(weights[name] for name in sorted(weights)))}
 
 
-def _store(model: nn.Module, path: Path, stated: str) -> None:
+def store(model: nn.Module, path: Path, stated: str) -> None:
     """Writes the file under another name first, so that no reader ever sees half of it."""
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")

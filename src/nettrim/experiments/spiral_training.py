@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from ..status import InvalidInput
 from .models import fully_connected
-from .training import _digest, _restored, _store, _writable
+from .training import digest, restored, store, writable
 
 VERSION = 1
 """Raise it when a change of this module changes points or trained weights: cached networks are then trained anew."""
@@ -115,7 +115,7 @@ def trained(spirals: Spirals, hidden: int, recipe: Recipe, data_seed: int, seed:
     sizes = [2, hidden, hidden, 2]
     facts = {
         "data": asdict(spirals),
-        "data_sha256": _digest(points, labels),
+        "data_sha256": digest(points, labels),
         "sizes": sizes,
         "seed": seed,
         "recipe": asdict(recipe),
@@ -123,13 +123,13 @@ def trained(spirals: Spirals, hidden: int, recipe: Recipe, data_seed: int, seed:
     }
     stated = json.dumps(facts, sort_keys=True)
     key = hashlib.sha256(stated.encode()).hexdigest()[:12]
-    path = _writable(cache) / f"spirals-{'-'.join(map(str, sizes))}-seed{seed}-{key}.safetensors"
+    path = writable(cache) / f"spirals-{'-'.join(map(str, sizes))}-seed{seed}-{key}.safetensors"
     model = fully_connected(sizes, seed).eval()
-    if reuse and _restored(model, path, stated):
+    if reuse and restored(model, path, stated):
         return model
     with one_thread():
         train(model, points, labels, recipe, seed)
-    _store(model, path, stated)
+    store(model, path, stated)
     return model
 
 

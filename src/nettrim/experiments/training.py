@@ -67,7 +67,7 @@ def train_classifier(
 
     Raises InvalidInput for settings or shapes that cannot be trained on, and when the loss is no longer finite.
     """
-    _check_pairs(images, labels, batch_size)
+    check_pairs(images, labels, batch_size)
     if epochs < 1 or not learning_rate > 0 or weight_decay < 0:
         raise InvalidInput(
             "epochs must be at least 1, learning_rate above 0 and weight_decay at least 0; "
@@ -116,7 +116,7 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch
 
     Raises InvalidInput when images and labels do not belong together or there are none.
     """
-    _check_pairs(images, labels, batch_size)
+    check_pairs(images, labels, batch_size)
     device = _device_of(model)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -157,7 +157,7 @@ def trained_network(
     if cache is not None:
         facts = {
             "data": dataset.name,
-            "data_sha256": _digest(dataset.train_images, dataset.train_labels),
+            "data_sha256": digest(dataset.train_images, dataset.train_labels),
             "sizes": sizes,
             "seed": seed,
             "recipe": asdict(recipe),
@@ -165,16 +165,16 @@ def trained_network(
         }
         stated = json.dumps(facts, sort_keys=True)
         key = hashlib.sha256(stated.encode()).hexdigest()[:12]
-        path = _writable(Path(cache)) / f"{dataset.name}-{'-'.join(map(str, sizes))}-seed{seed}-{key}.safetensors"
-        if _restored(model, path, stated):
+        path = writable(Path(cache)) / f"{dataset.name}-{'-'.join(map(str, sizes))}-seed{seed}-{key}.safetensors"
+        if restored(model, path, stated):
             return model
     train_classifier(model, dataset.train_images, dataset.train_labels, **asdict(recipe), seed=seed, progress=progress)
     if path is not None:
-        _store(model, path, stated)
+        store(model, path, stated)
     return model
 
 
-def _restored(model: nn.Module, path: Path, stated: str) -> bool:
+def restored(model: nn.Module, path: Path, stated: str) -> bool:
     """Fill ``model`` from the cache file when it is sound and states exactly what is asked for; warn when it is not."""
     if not path.exists():
         return False
@@ -185,7 +185,7 @@ def _restored(model: nn.Module, path: Path, stated: str) -> bool:
         weights = safetensors.torch.load_file(path)
         if isinstance(written, dict) and written.get("stated") == stated:
             fault = "its weights are not the ones that were written"
-            if written.get("weights_sha256") == _digest(*(weights[name] for name in sorted(weights))):
+            if written.get("weights_sha256") == digest(*(weights[name] for name in sorted(weights))):
                 model.load_state_dict(weights)
                 return True
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
@@ -194,12 +194,12 @@ def _restored(model: nn.Module, path: Path, stated: str) -> bool:
     return False
 
 
-def _store(model: nn.Module, path: Path, stated: str) -> None:
+def store(model: nn.Module, path: Path, stated: str) -> None:
     """Write the cache file under another name first, so that no reader ever sees half of it."""
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     written = {
         "stated": stated,
-        "weights_sha256": _digest(*(weights[name] for name in sorted(weights))),
+        "weights_sha256": digest(*(weights[name] for name in sorted(weights))),
         "torch": str(torch.__version__),  # for the reader: it is not asked for again
     }
     metadata = {_METADATA_KEY: json.dumps(written, sort_keys=True)}
@@ -213,7 +213,7 @@ def _store(model: nn.Module, path: Path, stated: str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _writable(folder: Path) -> Path:
+def writable(folder: Path) -> Path:
     """Make ``folder`` and check it before minutes of training, not after."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -224,7 +224,7 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
-def _digest(*tensors: torch.Tensor) -> str:
+def digest(*tensors: torch.Tensor) -> str:
     """SHA-256 of the tensors' types, shapes and bytes, in order."""
     digest = hashlib.sha256()
     for tensor in tensors:
@@ -240,7 +240,7 @@ def _device_of(model: nn.Module) -> torch.device:
     return parameter.device
 
 
-def _check_pairs(images: torch.Tensor, labels: torch.Tensor, batch_size: int) -> None:
+def check_pairs(images: torch.Tensor, labels: torch.Tensor, batch_size: int) -> None:
     integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     if labels.ndim != 1 or not integers or len(labels) == 0 or images.ndim < 2 or len(images) != len(labels):
         raise InvalidInput(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nettrim.experiments.datasets import Dataset
-from nettrim.experiments.training import _check_pairs, _digest, _restored, _store, _writable
+from nettrim.experiments.training import check_pairs, digest, restored, store, writable
 from nettrim.experiments.zoo import NETWORKS
 from nettrim.status import InvalidInput
 
@@ -120,7 +120,7 @@ def trained(
     if cache is not None:
         facts = {
             "data": dataset.name,
-            "data_sha256": _digest(dataset.train_images, dataset.train_labels),
+            "data_sha256": digest(dataset.train_images, dataset.train_labels),
             "network": name,
             "arguments": {**entry.arguments, "in_channels": channels, "classes": len(dataset.classes), "image_size": size},
             "seed": seed,
@@ -129,12 +129,12 @@ def trained(
         }
         stated = json.dumps(facts, sort_keys=True)
         key = hashlib.sha256(stated.encode()).hexdigest()[:12]
-        path = _writable(Path(cache)) / f"{dataset.name}-{name}-seed{seed}-{key}.safetensors"
-        if _restored(model, path, stated):
+        path = writable(Path(cache)) / f"{dataset.name}-{name}-seed{seed}-{key}.safetensors"
+        if restored(model, path, stated):
             return model
     train(model, dataset.train_images, dataset.train_labels, settings, seed=seed, progress=progress)
     if path is not None:
-        _store(model, path, stated)
+        store(model, path, stated)
     return model
 
 
@@ -148,7 +148,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, settings: Settings, 
 
     Raises InvalidInput for shapes that cannot be trained on, and when the loss is no longer finite.
     """
-    _check_pairs(images, labels, settings.batch_size)
+    check_pairs(images, labels, settings.batch_size)
     if images.ndim != 4:
         raise InvalidInput(f"images must be (n, C, H, W), found {tuple(images.shape)}; reshape them")
     images, labels = images[: settings.images], labels[: settings.images]
