@@ -186,14 +186,14 @@ def test_polish_reaches_the_least_distance_of_box_programs(activation: str, bias
 
 
 def test_weights_of_inputs_that_hardly_vary_stay_small() -> None:
-    """An input seen in one sample of 200 can explain anything there, at any size; the ridge keeps it from doing so."""
-    p = layer(200, 30, 10, seed=1, dtype=torch.float32)
+    """An input that is seen in one sample can repair that sample at any size of its weight; the ridge keeps it from doing so."""
+    p = layer(40, 30, 10, seed=1, dtype=torch.float32)
     rare = p.inputs.clone()
-    rare[:, 20:] = 0.0
-    rare[torch.arange(10), torch.arange(20, 30)] = 0.05
+    rare[:, 8:] = 0.0
+    rare[torch.arange(22), torch.arange(8, 30)] = 0.02
     q = from_rows(rare, (rare @ p.weights + p.bias).relu(), RELU, p.weights, p.bias)
-    free, held = (NetTrim(epsilon=0.1, norm="l0", ridge=ridge).solve(q, 0.1) for ridge in (0.0, 0.001))
+    free, held = (NetTrim(sparsity=0.4, ridge=ridge).solve(q, 0.8) for ridge in (0.0, 0.001))
     largest = float(p.weights.abs().max())
+    assert float(free.weights.abs().max()) > 10 * largest
     assert float(held.weights.abs().max()) < 4 * largest
-    assert float(free.weights.abs().max()) > float(held.weights.abs().max())
-    assert held.distance <= 0.1 * q.reference_norm and held.distance == pytest.approx(q.distance(held.weights, held.bias))
+    assert held.distance == pytest.approx(q.distance(held.weights, held.bias))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from layer_programs import ACTIVATIONS, layer
 
-from nettrim.preimage import IDENTITY
+from nettrim.preimage import IDENTITY, RELU
 from nettrim.program import LayerProgram, Moments, damped, dead_inputs, from_rows, standardise
 from nettrim.status import InvalidInput
 

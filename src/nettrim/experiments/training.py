@@ -226,11 +226,11 @@ def writable(folder: Path) -> Path:
 
 def digest(*tensors: torch.Tensor) -> str:
     """SHA-256 of the tensors' types, shapes and bytes, in order."""
-    digest = hashlib.sha256()
+    sha = hashlib.sha256()
     for tensor in tensors:
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest()
+        sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().numpy().data)
+    return sha.hexdigest()
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -241,6 +241,7 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def check_pairs(images: torch.Tensor, labels: torch.Tensor, batch_size: int) -> None:
+    """Refuses images (n, ...) and labels (n,) that do not belong together, and batches of no image."""
     integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     if labels.ndim != 1 or not integers or len(labels) == 0 or images.ndim < 2 or len(images) != len(labels):
         raise InvalidInput(
