@@ -106,6 +106,7 @@ def test_every_kind_is_its_matrix_and_takes_new_weights(kind: str) -> None:
     ("kernel", "stride", "dilation", "groups", "mode"),
     [
         (3, 1, 1, 1, "zeros"),
+        (3, 2, 1, 1, "circular"),
         (3, 2, 1, 1, "zeros"),
         (5, 2, 2, 1, "zeros"),
         (3, 1, 1, 4, "zeros"),
@@ -130,6 +131,7 @@ def test_the_operator_norm_of_a_convolution_is_bounded(kernel: int, stride: int,
 
 def test_padding_modes_that_repeat_entries_have_no_operator_bound() -> None:
     assert view("c", nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect")).operator_factor() == math.inf
+    assert view("c", nn.Conv2d(2, 2, 3, padding=2, padding_mode="circular")).operator_factor() == math.inf
 
 
 # --- batch-norm -----------------------------------------------------------------------------------------------------------------------

@@ -8,11 +8,14 @@ from pathlib import Path
 import nettrim
 
 ROOT = Path(nettrim.__file__).parent
-MATHEMATICS = ("preimage", "program", "prox", "duality", "solution", "certificate", "bounds", "recovery", "solvers")
+MATHEMATICS = ("preimage", "fold", "halfspace", "program", "prox", "duality", "solution", "certificate", "bounds", "recovery", "solvers")
 NETWORKS = (
     "layers",
     "link",
     "graph",
+    "nodes",
+    "units",
+    "tasks",
     "capture",
     "calibration",
     "selection",

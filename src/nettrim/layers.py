@@ -112,10 +112,14 @@ class LayerView:
         conv = self.convolution
         if conv is None:
             return 1.0
-        if conv.padding_mode not in ("zeros", "circular"):  # other modes repeat entries of the input
-            return math.inf
-        steps = zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
-        return math.sqrt(math.prod(math.ceil(k * math.gcd(s, d) / s) for k, s, d in steps))
+        steps = list(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True))
+        if conv.padding_mode == "zeros":
+            return math.sqrt(math.prod(math.ceil(k * math.gcd(s, d) / s) for k, s, d in steps))
+        amounts = _padding(conv)[::-1]  # first axis first
+        short = all(sum(amounts[2 * i : 2 * i + 2]) <= d * (k - 1) for i, (k, _, d) in enumerate(steps))
+        if conv.padding_mode == "circular" and short:  # each tap then reads an entry at most once
+            return math.sqrt(math.prod(conv.kernel_size))
+        return math.inf  # entries of the input are repeated
 
     def write(self, W: Tensor, b: Tensor | None) -> None:
         """Writes weights (N, M) and bias (M,) back in place, keeping the parameters themselves (names, flags, dtype, device)."""
