@@ -263,7 +263,7 @@ def certified(model: nn.Module, result: PruneResult, batches: Calibration, schem
         for layer in stored.layers
     ]
     setup = Setup("", "preimage", scheme, "float64", stored.max_samples, stored.seed, "", "")
-    return certify(reference, pruned, claims, graph.chain, batches, scan(reference, names, batches), setup)
+    return certify(reference, pruned, claims, graph, batches, scan(reference, names, batches), setup)
 
 
 def test_altered_weights_do_not_hold() -> None:

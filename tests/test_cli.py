@@ -202,6 +202,34 @@ def test_demo_runs_on_digits(workplace: Path) -> None:
     assert (workplace / "demo" / "report.html").stat().st_size > 10_000
 
 
+def test_the_published_program_and_cascade(workplace: Path) -> None:
+    done = nettrim(
+        workplace,
+        *PRUNE,
+        *("--epsilon", "0.05", "--program", "halfspace", "--gamma", "1.1", "--kappa", "0.99", "--output", "out-published", "--json"),
+    )
+    told: dict[str, Any] = json.loads(done.stdout)
+    assert told["certificate"]["program"] == "halfspace"
+    assert [layer["target"].split()[0] for layer in told["report"]["layers"]] == ["epsilon", "inflation", "inflation"]
+    assert all(layer["violation"] is not None for layer in told["report"]["layers"])
+    by_layer = (*PRUNE, "--epsilon", "0.05", "--gamma", "9=1.1", "--output", "o")
+    assert "NetTrim.gamma" in nettrim(workplace, *by_layer, expect=2).stderr
+    assert (
+        "speaks of the cascade"
+        in nettrim(workplace, *PRUNE, "--epsilon", "0.05", "--gamma", "1.1", "--scheme", "parallel", "--output", "o", expect=2).stderr
+    )
+
+
+@pytest.mark.slow
+def test_every_experiment_runs_by_its_name(workplace: Path) -> None:
+    for name in ("spirals", "mnist-fc", "mnist-lenet-fc", "cascade-vs-parallel", "robustness"):
+        done = nettrim(workplace, "reproduce", name, "--quick", "--dataset", "digits", "--samples", "60", "--output", "again")
+        folder = workplace / "again" / name
+        written = [line.removeprefix("written: ") for line in done.stdout.splitlines() if line.startswith("written: ")]
+        assert written and all((folder / file).stat().st_size > 0 for file in written)
+        assert {Path(file).suffix for file in written} == {".jsonl", ".json", ".png", ".svg"}
+
+
 @pytest.mark.slow
 def test_reproduce_continues_and_tells(workplace: Path) -> None:
     folder = workplace / "again" / "recovery"

@@ -289,3 +289,32 @@ def test_conv1d_and_infeasible_layers() -> None:
     result = prune(model, x, NetTrim(epsilon=0.1), progress=False)
     assert result.certificate.holds and [layer.kind for layer in result.report.layers] == ["Conv1d", "Conv1d", "Linear"]
     assert all(layer.status is not Status.ITERATION_LIMIT for layer in result.report.layers)
+
+
+def test_residual_networks_have_an_output_bound_in_the_cascade() -> None:
+    """One path leads from the last pruned layer to the output, whatever branches before it; the head may be pruned or not."""
+    model, x = Residual(), images()
+    for layers in (None, ["one", "two.conv1", "two.conv2", "two.short"]):
+        network = prune(model, x, NetTrim(epsilon=0.2), layers=layers, progress=False).certificate.network
+        assert network.bound is not None and network.achieved <= network.bound * (1 + 1e-9)
+        assert layers is not None or network.bound == pytest.approx(network.achieved, rel=1e-9)
+    parallel = prune(model, x, NetTrim(epsilon=0.2), scheme="parallel", progress=False).certificate.network
+    assert parallel.bound is None and parallel.reason
+
+
+def test_a_sum_that_belongs_to_an_earlier_layer_ends_the_tail() -> None:
+    class Crossed(nn.Module):
+        """The last layer reaches the output only through the sum of an earlier one."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.a(x)
+            return F.relu(first + torch.tanh(self.b(x)))
+
+    result = prune(Crossed(), torch.randn(50, 6), NetTrim(epsilon=0.3), progress=False)
+    network = result.certificate.network
+    assert network.bound is None and network.reason

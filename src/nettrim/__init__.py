@@ -3,7 +3,7 @@
 from .certificate import Certificate
 from .checkpoint import load
 from .finetune import keep_zeros
-from .methods import Magnitude, NetTrim
+from .methods import OBS, LinearADMM, Magnitude, NetTrim, Random, SparseGPT, Wanda
 from .pruning import PruneResult, prune
 from .report import LayerReport, PruneReport
 from .status import CertificateError, InvalidInput, NetTrimError, NothingToPrune, Status, UnknownLayer
@@ -14,14 +14,19 @@ __all__ = [
     "CertificateError",
     "InvalidInput",
     "LayerReport",
+    "LinearADMM",
     "Magnitude",
     "NetTrim",
     "NetTrimError",
     "NothingToPrune",
+    "OBS",
     "PruneReport",
     "PruneResult",
+    "Random",
+    "SparseGPT",
     "Status",
     "UnknownLayer",
+    "Wanda",
     "keep_zeros",
     "load",
     "prune",

@@ -68,12 +68,16 @@ class Chain:
 
 @dataclass(frozen=True)
 class Graph:
-    """The readings of all layers asked for, the chain, and the graph itself where it could be traced."""
+    """The readings of all layers asked for, the chain, and the graph itself where it could be traced.
+
+    ``tail`` is the chain from the layer that is called last: all that a cascade needs for a bound of the output.
+    """
 
     readings: Mapping[str, Reading]
     chain: Chain
     notice: str = ""
     traced: fx.Graph | None = None
+    tail: Chain = Chain((), "no layer is on the way to the output")
 
     def feeding(self, name: str) -> set[str]:
         """The modules whose calls the sum of a layer depends on, the layer itself left out; empty for a layer that is added to nothing."""
@@ -141,7 +145,9 @@ def read(
                     contradicted.add(name)
         consumed.update(nodes)
         readings[name] = reading
-    return Graph(readings, _chain(traced, modules, set(names), consumed, contradicted), traced=traced)
+    totals = {name: reading.total for name, reading in readings.items()}
+    chain, tail = (_chain(traced, modules, totals, consumed, contradicted, last=last) for last in (False, True))
+    return Graph(readings, chain, traced=traced, tail=tail)
 
 
 def _trace(model: nn.Module, given: Iterable[str] | None) -> fx.Graph:
@@ -234,10 +240,14 @@ def _follow(
         current = following
 
 
-def _chain(graph: fx.Graph, modules: Mapping[str, nn.Module], layers: set[str], consumed: set[Node], contradicted: set[str]) -> Chain:
-    """Follows the one path from the first layer asked for to the output, as far as there is one.
+def _chain(
+    graph: fx.Graph, modules: Mapping[str, nn.Module], layers: Mapping[str, str], consumed: set[Node], contradicted: set[str], *, last: bool
+) -> Chain:
+    """Follows the one path from the first layer asked for (or the ``last`` one) to the output, as far as there is one.
 
-    Nothing before it matters: both networks agree there, and so do branches that depend on none of the layers.
+    Nothing before the first matters: both networks agree there, and so do branches that depend on none of the layers. From the last
+    one on, the sum that its reading names may hold other branches: its distance is that of the whole sum. ``layers`` maps each layer to
+    that sum.
     """
     used = _used(graph)
     calls = [node for node in graph.nodes if node.op == "call_module" and str(node.target) in layers and node in used]
@@ -246,17 +256,18 @@ def _chain(graph: fx.Graph, modules: Mapping[str, nn.Module], layers: set[str], 
     changed = _depending(calls)
     steps: list[Step] = []
     seen: set[str] = set()
-    node = calls[0]
+    begin = node = calls[-1 if last else 0]
     while True:
         name = str(node.target) if node.op == "call_module" else ""
         if node.op == "output":
             if node.args[0] not in changed:
                 return Chain(tuple(steps), "the output is more than one tensor")
             aside = [str(call.target) for call in calls if str(call.target) not in seen]
-            return Chain(tuple(steps), f"layer {aside[0]!r} is on another path" if aside else "")
+            return Chain(tuple(steps), f"layer {aside[0]!r} is on another path" if aside and not last else "")
         inputs = [argument for argument in node.all_input_nodes if argument in changed and not reads_shape(argument)]
         others = len(node.all_input_nodes) - len(inputs)  # a sum that a reading names was seen to have the layer's own shape
-        if node is not calls[0] and (len(inputs) != 1 or (others and node not in consumed)):
+        whole = last and node.name == layers[str(begin.target)]
+        if node is not begin and not whole and (len(inputs) != 1 or (others and node not in consumed)):
             return Chain(tuple(steps), f"{label(node, modules)} has more than one input")
         if name and hooked(modules[name]):
             return Chain(tuple(steps), f"{label(node, modules)} has hooks, whose effect is not known")

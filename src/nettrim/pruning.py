@@ -309,7 +309,7 @@ class _Run:
             reference_hash=hashes(self.original),
             weights_hash=hashes(self.result),
         )
-        return certify(self.reference, self.pruned, self.claims, self.graph.chain, self.batches, self.found, setup)
+        return certify(self.reference, self.pruned, self.claims, self.graph, self.batches, self.found, setup)
 
 
 def _called(names: list[str], found: Scan, layers: Sequence[str] | None) -> tuple[list[str], list[str]]:

@@ -31,7 +31,7 @@ from .certificate import (
     entry_norm,
     spectral_norm,
 )
-from .graph import Chain
+from .graph import Chain, Graph
 from .preimage import Activation
 from .status import InvalidInput
 from .units import Call, Unit
@@ -76,7 +76,7 @@ def rounding_of(reference: Replica) -> float:
 
 
 def certify(
-    reference: Replica, pruned: Replica, claims: Sequence[Claim], chain: Chain, batches: Calibration, found: Scan, setup: Setup
+    reference: Replica, pruned: Replica, claims: Sequence[Claim], graph: Graph, batches: Calibration, found: Scan, setup: Setup
 ) -> Certificate:
     """One pass over the calibration data through both networks; the certificate of all layers and of the network."""
     names = [claim.name for claim in claims]
@@ -112,7 +112,7 @@ def certify(
         for name, left in waiting.items():
             list(paired(name, left, []))
         output.add(out_before, out_after)
-    bounds = _Bounds(claims, tallies, chain, pruned, reference, setup.scheme)
+    bounds = _Bounds(claims, tallies, graph, pruned, reference, setup.scheme)
     layers = tuple(
         tallies[claim.name].certificate(
             claim.name,
@@ -163,8 +163,11 @@ class _Bounds:
     """Network bounds along the chain (docs/theory.md, section 4), on all calibration rows."""
 
     def __init__(
-        self, claims: Sequence[Claim], tallies: Mapping[str, LayerTally], chain: Chain, pruned: Replica, original: Replica, scheme: str
+        self, claims: Sequence[Claim], tallies: Mapping[str, LayerTally], graph: Graph, pruned: Replica, original: Replica, scheme: str
     ) -> None:
+        # in the cascade nothing accumulates: where paths branch, the last layer's own distance says all about what follows it
+        self.partial = scheme == "cascade" and bool(graph.chain.reason) and not graph.tail.reason
+        chain = graph.tail if self.partial else graph.chain
         self.chain, self.scheme = chain, scheme
         self.distances = {name: math.sqrt(tally.distance_all) for name, tally in tallies.items()}
         everything = all(tally.rows == tally.rows_total for tally in tallies.values())
@@ -208,7 +211,7 @@ class _Bounds:
                 from_tolerances = stated + spectral * from_tolerances
                 link = stated + self.entries[name] * link
             self.after[name] = value
-            if pruned and complete and math.isfinite(link):
+            if pruned and complete and math.isfinite(link) and not self.partial:
                 self.theorem[name] = link
         self.reason = self.chain.reason
         if not self.reason and not math.isfinite(value):
@@ -218,7 +221,7 @@ class _Bounds:
             self.output = value
             if complete and self.tolerances:
                 self.output_from_tolerances = from_tolerances
-                self.output_link_normalised = link if math.isfinite(link) else None
+                self.output_link_normalised = link if math.isfinite(link) and not self.partial else None
 
     def of_layer(self, name: str, calls: int) -> tuple[float | None, str]:
         """The proven bound of a layer's discrepancy in the network, or ``None`` and the reason."""

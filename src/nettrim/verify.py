@@ -101,7 +101,7 @@ def verify(
             weights_hash=hashes(pruned_model),
         )
         reference.graph = pruned.graph = graph
-        again = certify(reference, pruned, claims, graph.chain, batches, found, setup)
+        again = certify(reference, pruned, claims, graph, batches, found, setup)
         problems += _compare(stored, again, reference)
         problems += _heldout_arithmetic(stored)
         if heldout is not None:

@@ -7,11 +7,13 @@ from typing import Protocol
 
 from ..program import LayerProgram
 from ..solution import Solution, Watch
-from .baselines import Magnitude
+from .baselines import Magnitude, Random, Wanda
+from .linear_admm import LinearADMM
 from .nettrim import NetTrim
+from .obs import OBS, SparseGPT
 from .targets import PerLayer
 
-__all__ = ["Magnitude", "Method", "NetTrim", "PerLayer"]
+__all__ = ["OBS", "LinearADMM", "Magnitude", "Method", "NetTrim", "PerLayer", "Random", "SparseGPT", "Wanda"]
 
 
 class Method(Protocol):

@@ -1,52 +1,97 @@
-"""Methods to measure against."""
+"""Methods to measure against that only choose weights and leave the others as they are: magnitude, random, Wanda."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from ..program import LayerProgram
 from ..prox import largest_mask
 from ..solution import Solution, Watch
-from ..status import Status
-from .targets import PerLayer, check_target, kept_weights, target_for
+from .linear import OneShot, check_whole, finished, live_inputs, own_weights
+from .targets import kept_weights
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(OneShot):
     """Keeps the weights of largest magnitude in each layer, unchanged; bias unchanged. ``sparsity`` is the fraction of zeros, in [0, 1)."""
-
-    sparsity: PerLayer
-
-    correction = 1.0
-    kind = "sparsity"
-    certified_program = ""
-    program = "none"
-    needs_cascade = ""
-
-    def __post_init__(self) -> None:
-        check_target("Magnitude", "sparsity", self.sparsity)
-
-    @property
-    def targets(self) -> PerLayer:
-        """The sparsity: a number, or a mapping by layer."""
-        return self.sparsity
-
-    @property
-    def layer_settings(self) -> dict[str, PerLayer]:
-        """The sparsity, by its name."""
-        return {"sparsity": self.sparsity}
-
-    def describe(self) -> str:
-        """One line for tables."""
-        return "Magnitude"
-
-    def target(self, layer: str) -> float | None:
-        """The sparsity of that layer; ``None`` when a mapping does not name it."""
-        return target_for(self.sparsity, layer)
 
     def solve(self, program: LayerProgram, target: float, watch: Watch | None = None) -> Solution:
         """Zeroes all but the largest weights."""
-        own = program.weights if program.fold is None else program.fold.raw(program.weights)
-        mask = largest_mask(own, kept_weights(own.numel(), target))
-        kept, b = program.stored(program.weights * mask, program.bias)
-        return Solution(kept, b, Status.CONVERGED, program.distance(kept, b), 0)
+        own = own_weights(program)
+        return finished(program, own * largest_mask(own, kept_weights(own.numel(), target)))
+
+
+@dataclass(frozen=True)
+class Random(OneShot):
+    """Keeps weights drawn uniformly without replacement in each layer, unchanged; bias unchanged.
+
+    Args:
+        sparsity: the fraction of zeros, in [0, 1).
+        seed: whole number >= 0. The draw depends on it, on the layer's name and on its weights, so that layers of one shape, and groups
+            of one convolution, do not share a mask.
+
+    Raises:
+        InvalidInput: a setting outside its range.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("Random", "seed", self.seed, 0)
+
+    def solve(self, program: LayerProgram, target: float, watch: Watch | None = None) -> Solution:
+        """Zeroes all but the weights drawn."""
+        own = own_weights(program)
+        generator = torch.Generator().manual_seed(_layer_seed(self.seed, program.name, own))
+        drawn = torch.randperm(own.numel(), generator=generator)[: kept_weights(own.numel(), target)]
+        mask = torch.zeros(own.numel(), dtype=torch.bool)
+        mask[drawn] = True
+        return finished(program, own * mask.view(own.shape).to(own.device))
+
+
+@dataclass(frozen=True)
+class Wanda(OneShot):
+    """Keeps, for each output, the weights of largest ``|W_ij| * ||X_i||_2``, unchanged; bias unchanged (Sun, Liu, Bair, Kolter, ICLR 2024,
+    arXiv 2306.11695).
+
+    Every output keeps the same number of weights, up to one where the layer's exact count is no multiple of the number of outputs; the odd
+    ones go to the outputs whose next weight scores highest. The published code rounds each output's zeros down instead. Weights of inputs
+    that are always zero become zero, also when the count is not reached without them.
+
+    Args:
+        sparsity: the fraction of zeros, in [0, 1).
+
+    Raises:
+        InvalidInput: sparsity outside its range.
+    """
+
+    def solve(self, program: LayerProgram, target: float, watch: Watch | None = None) -> Solution:
+        """Zeroes all but the weights that score highest for their output."""
+        own, live = own_weights(program), live_inputs(program)
+        score = own.abs() * (torch.linalg.vector_norm(program.inputs, dim=0) * live)[:, None]
+        return finished(program, own * highest_by_output(score, kept_weights(own.numel(), target)) * live[:, None])
+
+
+def highest_by_output(score: Tensor, k: int) -> Tensor:
+    """Mask (N, M) of ``k`` entries of ``score``: the highest of each column, as many in each up to one; ties broken by position."""
+    N, M = score.shape
+    each, odd = divmod(k, M) if M else (0, 0)
+    order = score.argsort(dim=0, descending=True, stable=True)
+    mask = torch.zeros_like(score, dtype=torch.bool)
+    mask.scatter_(0, order[:each], True)
+    if odd:
+        following = order[each]
+        outputs = score.gather(0, following[None])[0].argsort(descending=True, stable=True)[:odd]
+        mask[following[outputs], outputs] = True
+    return mask
+
+
+def _layer_seed(seed: int, name: str, weights: Tensor) -> int:
+    digest = hashlib.sha256(f"{seed} {name} {tuple(weights.shape)}".encode())
+    digest.update(weights.detach().cpu().contiguous().numpy().tobytes())
+    return int.from_bytes(digest.digest()[:7], "big")

@@ -1,0 +1,103 @@
+"""What one-shot methods share: settings with one sparsity, and a layer as they see it, a linear map with the Gram matrix of its inputs.
+
+They match the layer's own linear response ``A W0 + 1 b^T`` on the inputs at hand, with the bias as it is, and know of nothing behind
+the layer: neither its activation nor the reference network's output. Batch-norm that a program has folded in is taken out again, because
+the published methods see the layer's own weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import MISSING, dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ..program import LayerProgram
+from ..solution import Solution, Watch
+from ..status import InvalidInput, Status
+from .targets import PerLayer, check_target, target_for
+
+DEAD = 1e-10  # inputs of norm below this share of the largest are rounding (the rows of compressed programs carry some)
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """A method whose target is ``sparsity``: the fraction of zeros, in [0, 1), as a number or a mapping from layer name."""
+
+    sparsity: PerLayer
+
+    correction = 1.0
+    kind = "sparsity"
+    certified_program = ""
+    program = "none"
+    needs_cascade = ""
+
+    def __post_init__(self) -> None:
+        check_target(type(self).__name__, "sparsity", self.sparsity)
+
+    @property
+    def targets(self) -> PerLayer:
+        """The sparsity: a number, or a mapping by layer."""
+        return self.sparsity
+
+    @property
+    def layer_settings(self) -> dict[str, PerLayer]:
+        """The sparsity, by its name."""
+        return {"sparsity": self.sparsity}
+
+    def describe(self) -> str:
+        """One line for tables: the method, and the settings that are not its defaults."""
+        changed = [
+            f"{item.name} {getattr(self, item.name):g}"
+            for item in fields(self)
+            if item.default is not MISSING and getattr(self, item.name) != item.default
+        ]
+        return ", ".join([type(self).__name__, *changed])
+
+    def target(self, layer: str) -> float | None:
+        """The sparsity of that layer; ``None`` when a mapping does not name it."""
+        return target_for(self.sparsity, layer)
+
+    def solve(self, program: LayerProgram, target: float, watch: Watch | None = None) -> Solution:
+        """Solves one layer's program."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it solves a layer")
+
+
+def check_positive(method: str, name: str, value: object) -> None:
+    """Refuses what is not a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise InvalidInput(f"{method}: {name} must be a finite number above 0, found {value!r}; leave it out for the published value")
+
+
+def check_whole(method: str, name: str, value: object, least: int) -> None:
+    """Refuses what is not a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidInput(f"{method}: {name} must be a whole number of at least {least}, found {value!r}; leave it out for the default")
+
+
+def own_weights(program: LayerProgram) -> Tensor:
+    """The layer's own weights (N, M), float64, without batch-norm."""
+    return program.weights if program.fold is None else program.fold.raw(program.weights)
+
+
+def live_inputs(program: LayerProgram) -> Tensor:
+    """(N,), bool: inputs that are not zero throughout. No weight of the others has any effect."""
+    norm = torch.linalg.vector_norm(program.inputs, dim=0)
+    return norm > DEAD * norm.max() if len(norm) else norm > 0
+
+
+def gram(program: LayerProgram) -> Tensor:
+    """``A^T A`` (N, N), float64: the Hessian of half the squared change of each output's response, for every output the same."""
+    return program.inputs.T @ program.inputs
+
+
+def response_change(H: Tensor, change: Tensor) -> float:
+    """``||A D||_F``, by which the response moves when the weights move by ``D`` (N, M), from ``H = A^T A``."""
+    return math.sqrt(max(0.0, float((change * (H @ change)).sum())))
+
+
+def finished(program: LayerProgram, W: Tensor, iterations: int = 0, status: Status = Status.CONVERGED) -> Solution:
+    """The solution with the layer's own weights ``W`` (N, M), as they will be stored, and the bias as it was."""
+    W, b = program.stored(W if program.fold is None else program.fold.weights(W), program.bias)
+    return Solution(W, b, status, program.distance(W, b), iterations)
