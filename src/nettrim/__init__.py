@@ -9,7 +9,7 @@ from .report import LayerReport, PruneReport
 from .status import CertificateError, InvalidInput, NetTrimError, NothingToPrune, Status, UnknownLayer
 from .verify import verify
 
-__all__ = [
+__all__ = [  # noqa: RUF022 (plain order)
     "Certificate",
     "CertificateError",
     "InvalidInput",

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 
 from . import checkpoint, render
 from .certificate import Certificate
@@ -285,6 +286,8 @@ def reproduce_command(
         _print_json(outcome.numbers)
         return
     console = Console()
+    needed = Measurement.get(console, console.options.update(max_width=10_000), outcome.table).maximum
+    console.width = max(console.width, needed)  # a table without its numbers says nothing; lines may run over a narrow terminal
     console.print(outcome.table)
     for line in outcome.words:
         console.print(line, highlight=False, markup=False)

@@ -15,8 +15,8 @@ from .published_training import Architecture, Recipe, Tuning
 NAME = "mnist_fc"
 HIDDEN = (300, 1000, 100)
 QUICK_HIDDEN = (100, 200, 50)
-QUICK_GAINS = (0.04, 0.1, 0.3)
-QUICK_SAMPLES = 700
+QUICK_GAINS = (0.04, 0.1, 0.2)
+QUICK_SAMPLES = 500
 QUICK_ITERATIONS = 2000
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..program import LayerProgram
 from ..prox import largest_mask
 from ..solution import Solution, Watch
-from .linear import OneShot, check_whole, finished, live_inputs, own_weights
+from .linear import OneShot, check_whole, live_inputs, masked, own_weights
 from .targets import kept_weights
 
 
@@ -22,7 +22,7 @@ class Magnitude(OneShot):
     def solve(self, program: LayerProgram, target: float, watch: Watch | None = None) -> Solution:
         """Zeroes all but the largest weights."""
         own = own_weights(program)
-        return finished(program, own * largest_mask(own, kept_weights(own.numel(), target)))
+        return masked(program, largest_mask(own, kept_weights(own.numel(), target)))
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Random(OneShot):
         drawn = torch.randperm(own.numel(), generator=generator)[: kept_weights(own.numel(), target)]
         mask = torch.zeros(own.numel(), dtype=torch.bool)
         mask[drawn] = True
-        return finished(program, own * mask.view(own.shape).to(own.device))
+        return masked(program, mask.view(own.shape).to(own.device))
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ class Wanda(OneShot):
         """Zeroes all but the weights that score highest for their output."""
         own, live = own_weights(program), live_inputs(program)
         score = own.abs() * (torch.linalg.vector_norm(program.inputs, dim=0) * live)[:, None]
-        return finished(program, own * highest_by_output(score, kept_weights(own.numel(), target)) * live[:, None])
+        return masked(program, highest_by_output(score, kept_weights(own.numel(), target)) & live[:, None])
 
 
 def highest_by_output(score: Tensor, k: int) -> Tensor:
     """Mask (N, M) of ``k`` entries of ``score``: the highest of each column, as many in each up to one; ties broken by position."""
-    N, M = score.shape
+    M = score.shape[1]
     each, odd = divmod(k, M) if M else (0, 0)
     order = score.argsort(dim=0, descending=True, stable=True)
     mask = torch.zeros_like(score, dtype=torch.bool)

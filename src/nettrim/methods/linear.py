@@ -89,12 +89,19 @@ def live_inputs(program: LayerProgram) -> Tensor:
 
 def gram(program: LayerProgram) -> Tensor:
     """``A^T A`` (N, N), float64: the Hessian of half the squared change of each output's response, for every output the same."""
-    return program.inputs.T @ program.inputs
+    H: Tensor = program.inputs.T @ program.inputs
+    return H
 
 
 def response_change(H: Tensor, change: Tensor) -> float:
     """``||A D||_F``, by which the response moves when the weights move by ``D`` (N, M), from ``H = A^T A``."""
     return math.sqrt(max(0.0, float((change * (H @ change)).sum())))
+
+
+def masked(program: LayerProgram, mask: Tensor) -> Solution:
+    """The solution that keeps the weights on ``mask`` (N, M), and the bias, as they were."""
+    W, b = program.stored(program.weights * mask, program.bias)
+    return Solution(W, b, Status.CONVERGED, program.distance(W, b), 0)
 
 
 def finished(program: LayerProgram, W: Tensor, iterations: int = 0, status: Status = Status.CONVERGED) -> Solution:

@@ -188,8 +188,9 @@ def least_squares(H: Tensor, inverse: Tensor, W: Tensor, mask: Tensor) -> Tensor
 
 def block_budgets(live: Tensor, outputs: int, block: int, kept: int) -> list[int]:
     """How many weights each block of inputs keeps: the same share of all, no more than it has on live inputs, ``kept`` in all."""
-    room = [int(part.sum()) * outputs for part in live.split(block)]
-    sizes = [len(part) * outputs for part in live.split(block)]
+    blocks = [live[start : start + block] for start in range(0, len(live), block)]
+    room = [int(part.sum()) * outputs for part in blocks]
+    sizes = [len(part) * outputs for part in blocks]
     kept = min(kept, sum(room))
     shares = []
     for position, size in enumerate(sizes):
@@ -203,9 +204,9 @@ def block_budgets(live: Tensor, outputs: int, block: int, kept: int) -> list[int
 def sweep(H: Tensor, W: Tensor, block: int, budget: list[int] | None = None, mask: Tensor | None = None) -> Tensor:
     """SparseGPT's sweep over the inputs of ``W`` (N, M), with the Gram matrix ``H`` (N, N), damped.
 
-    ``U^T U = H^-1`` with ``U`` upper triangular. With the first ``i`` inputs settled, row ``i`` of ``U``, times ``U_ii``, is
-    row ``i`` of the inverse of the rest of ``H``: so one factor serves every step and every output. Exactly one of ``budget`` (weights that each block
-    keeps) and ``mask`` (N, M) is given.
+    ``U^T U = H^-1`` with ``U`` upper triangular. With the inputs before ``i`` settled, row ``i`` of ``U``, times ``U_ii``, is row ``i`` of
+    the inverse of what is left of ``H``: so one factor serves every step and every output. Exactly one of ``budget`` (weights that each
+    block keeps) and ``mask`` (N, M) is given.
     """
     if (budget is None) == (mask is None):
         raise ValueError("sweep: give exactly one of budget and mask")
