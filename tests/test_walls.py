@@ -12,6 +12,7 @@ MATHEMATICS = ("preimage", "fold", "halfspace", "program", "prox", "duality", "s
 NETWORKS = (
     "layers",
     "link",
+    "attention",
     "graph",
     "nodes",
     "units",

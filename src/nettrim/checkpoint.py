@@ -134,6 +134,25 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
     model.load_state_dict(dict(state))
 
 
+def weight_of(state: Mapping[str, Tensor], layer: str) -> Tensor:
+    """The weight of a layer in a state dict; projections of nn.MultiheadAttention may lie in one tensor.
+
+    Raises:
+        InvalidInput: the state holds no weight of that layer.
+    """
+    key = f"{layer}.weight" if layer else "weight"
+    if key in state:
+        return state[key]
+    parent, _, own = layer.rpartition(".")
+    prefix = f"{parent}." if parent else ""
+    if own in ("q_proj", "k_proj", "v_proj"):
+        if f"{prefix}{own}_weight" in state:
+            return state[f"{prefix}{own}_weight"]
+        if f"{prefix}in_proj_weight" in state:
+            return state[f"{prefix}in_proj_weight"].chunk(3)[("q_proj", "k_proj", "v_proj").index(own)]
+    raise InvalidInput(f"weights: there is no {key!r}; report and weights do not belong together")
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors`` file, or of a state dict saved by ``torch.save`` (read with ``weights_only=True``)."""
     if not path.is_file():

@@ -214,7 +214,7 @@ def report_command(
     report, certificate = checkpoint.read_report(folder), checkpoint.read_certificate(folder)
     if html is not None:
         state = checkpoint.read_weights(folder / checkpoint.MODEL)
-        masks = {layer.name: (state[f"{layer.name}.weight" if layer.name else "weight"] != 0).numpy() for layer in report.layers}
+        masks = {layer.name: (checkpoint.weight_of(state, layer.name) != 0).numpy() for layer in report.layers}
         try:
             html.write_text(render.report_html(report, certificate, masks), encoding="utf-8")
         except OSError as error:

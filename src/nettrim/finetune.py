@@ -38,6 +38,13 @@ class ZeroKeeper:
         self.remove()
 
 
+def _weights_of(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of a module that pruning makes zeros in."""
+    if isinstance(module, nn.MultiheadAttention):
+        return ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    return ("weight",) if is_prunable(module) else ()
+
+
 def keep_zeros(model: nn.Module, optimizer: torch.optim.Optimizer) -> ZeroKeeper:
     """Keeps every weight that is zero now at zero through all later steps of ``optimizer``, whatever its momentum or weight decay.
 
@@ -50,10 +57,10 @@ def keep_zeros(model: nn.Module, optimizer: torch.optim.Optimizer) -> ZeroKeeper
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     masks: dict[str, tuple[nn.Parameter, Tensor]] = {}
     for name, module in model.named_modules():
-        if is_prunable(module) and isinstance(weight := module.weight, nn.Parameter):
-            zeros = weight.detach() == 0
-            if bool(zeros.any()):
-                masks[name] = (weight, zeros)
+        for label in _weights_of(module):
+            weight = module._parameters.get(label)
+            if weight is not None and bool((zeros := weight.detach() == 0).any()):
+                masks[f"{name}.{label}"] = (weight, zeros)
     if not masks:
         raise InvalidInput("keep_zeros: the model has no zero weights; prune it first")
     if not any(id(parameter) in held for parameter, _ in masks.values()):

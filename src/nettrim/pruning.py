@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from . import preimage, schemes
+from .attention import closed, opened
 from .calibration import Batches, Calibration
 from .capture import (
     Replica,
@@ -63,7 +64,7 @@ class PruneResult:
 
     def masks(self) -> dict[str, NDArray[np.bool_]]:
         """For each pruned layer, which weights are not zero, in the shape in which its module keeps them."""
-        modules = dict(self.model.named_modules())
+        modules = dict(opened(self.model).named_modules())
         return {layer.name: (view(layer.name, modules[layer.name]).weight.detach() != 0).cpu().numpy() for layer in self.report.layers}
 
 
@@ -85,7 +86,8 @@ def prune(
     """Prunes a trained network layer by layer and certifies the result. ``model`` itself is left unchanged.
 
     Args:
-        model: any module in which torch.fx or hooks can find Linear layers.
+        model: any module in which torch.fx or hooks can find layers to prune. The projections inside ``nn.MultiheadAttention`` are layers
+            ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj`` of that module, whatever parameters it keeps them in.
         calibration: unlabelled batches that can be read more than once: tensors, tuples whose first item is the input, or mappings of
             keyword inputs; or one tensor with samples along its first dimension.
         method: ``NetTrim(...)``, ``Magnitude(...)``.
@@ -121,6 +123,7 @@ def prune(
         raise InvalidInput(f"seed must be a whole number of at least 0, found {seed!r}")
     if scheme == "parallel" and method.needs_cascade:
         raise InvalidInput(f"{type(method).__name__}: {method.needs_cascade} speaks of the cascade; leave it out, or pass scheme='cascade'")
+    given, model = model, opened(model)
     names = select(model, layers, ignore)
     for setting, value in method.layer_settings.items():
         if isinstance(value, Mapping):
@@ -157,7 +160,7 @@ def prune(
         notes=tuple(notes),
         settings=_settings(method) | {"max_samples": max_samples, "stated_activations": {name: a.name for name, a in stated.items()}},
     )
-    return PruneResult(run.result, report, certificate)
+    return PruneResult(closed(run.result, given), report, certificate)
 
 
 class _Run:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import preimage
+from .attention import opened
 from .calibration import Batches, Calibration
 from .capture import Replica, Scan, device_of, hashes, random_state_kept, read_graph, reference_replica, replicate, scan
 from .certificate import Certificate, clopper_pearson_upper
@@ -55,12 +56,13 @@ def verify(
     stored, report = read_certificate(folder), read_report(folder)
     names = [layer.name for layer in stored.layers]
     _refuse_unusable(stored, names)
+    given, model = model, opened(model)
     modules = select(model, names, ())
     place = device_of(model, device)
     problems = contradictions(folder)
     if hashes(model) != stored.reference_hash:
         problems.append("the reference model's weights are not those that the certificate was made for")
-    pruned_model = load(folder, copy.deepcopy(model))
+    pruned_model = opened(load(folder, copy.deepcopy(given)))
     if hashes(pruned_model) != stored.weights_hash:
         problems.append("the stored weights are not those that the certificate was made for")
     batches = Calibration(calibration)
