@@ -34,7 +34,8 @@ benchmarks: $(DATA_STAMP)
 	$(BIN)/python benchmarks/whole_network.py
 
 reproduce: $(DATA_STAMP)
-	$(BIN)/nettrim reproduce recovery --output out/reproduce
+	for name in recovery spirals mnist-fc mnist-lenet-fc cascade-vs-parallel robustness; do \
+		$(BIN)/nettrim reproduce $$name --output out/reproduce || exit 1; done
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

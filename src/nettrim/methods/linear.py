@@ -83,7 +83,7 @@ def own_weights(program: LayerProgram) -> Tensor:
 
 def live_inputs(program: LayerProgram) -> Tensor:
     """(N,), bool: inputs that are not zero throughout. No weight of the others has any effect."""
-    norm = torch.linalg.vector_norm(program.inputs, dim=0)
+    norm: Tensor = torch.linalg.vector_norm(program.inputs, dim=0)
     return norm > DEAD * norm.max() if len(norm) else norm > 0
 
 

@@ -18,7 +18,7 @@ from .targets import kept_weights
 START = 0.1  # the first penalty, with inputs of unit norm
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # share of the support that changed since the last check, factor on the penalty
 SHRINK = 5.0  # a penalty so large that the support stands still from the start is divided by this
-LARGEST = 1e6
+SMALLEST, LARGEST = 1e-6, 1e6  # the published code has no smallest penalty
 CHECK_EVERY = 3
 SETTLED_FROM, SETTLED = 30, 0.0003  # from this step on, a change of the support below this share ends the iteration
 CONJUGATE_STEPS = 10
@@ -47,9 +47,7 @@ class LinearADMM(OneShot):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.ridge, bool) or not isinstance(self.ridge, (int, float)) or not 0 <= self.ridge < math.inf:
-            raise InvalidInput(
-                f"LinearADMM: ridge must be a finite number >= 0, found {self.ridge!r}; leave it out for the published value"
-            )
+            raise InvalidInput(f"LinearADMM: ridge must be a finite number >= 0, found {self.ridge!r}; leave it out for the default")
         check_whole("LinearADMM", "max_iterations", self.max_iterations, 1)
 
     def solve(self, program: LayerProgram, target: float, watch: Watch | None = None) -> Solution:
@@ -58,7 +56,8 @@ class LinearADMM(OneShot):
         H = gram(program)[live][:, live]
         k = min(kept_weights(own.numel(), target), H.shape[0] * own.shape[1])
         W = torch.zeros_like(own)
-        if not k:
+        if k in (0, own[live].numel()):  # nothing to choose
+            W[live] = own[live] if k else 0.0
             return finished(program, W)
         H.diagonal().add_(self.ridge * H.diagonal().mean())
         scale = H.diagonal().sqrt()
@@ -100,12 +99,12 @@ def within_budget(H: Tensor, W0: Tensor, k: int, max_iterations: int, weights: i
             if grown:
                 rho = min(LARGEST, rho * next(factor for share, factor in GROWTH if changed / k > share))
             else:  # the support was nearly still from the start: begin again, more freely
-                rho /= SHRINK
+                rho = max(SMALLEST, rho / SHRINK)
                 D, V = first, torch.zeros_like(W0)
         elif grown:
             return W, iteration, True
         else:
-            rho /= SHRINK
+            rho = max(SMALLEST, rho / SHRINK)
         if iteration > SETTLED_FROM and changed / k < SETTLED:
             return W, iteration, True
     return W, max_iterations, False

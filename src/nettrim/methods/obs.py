@@ -18,8 +18,8 @@ from ..solution import Solution, Watch
 from .linear import OneShot, check_positive, check_whole, finished, gram, live_inputs, own_weights
 from .targets import kept_weights
 
-MEMORY = 512 * 2**20  # bytes for the inverses of the outputs that are worked on together
-DEFERRED = 48  # removals that are gathered before they are taken out of the inverses
+MEMORY = 128 * 2**20  # bytes for the inverses of the outputs that are worked on together
+DEFERRED = 96  # removals that are gathered before they are taken out of the inverses
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class SparseGPT(OneShot):
     Inputs are taken in order. Where a weight is removed, the weights of later inputs are moved as OBS would; earlier ones stay. Which
     weights go is chosen for ``block`` inputs at a time, over all outputs, by their costs when the block begins. Every block keeps the same
     share, so that the layer's count is exact (the published code removes one more in each block); what a block cannot keep, because its
-    inputs are always zero, the later ones do.
+    inputs are always zero, the others do.
 
     Args:
         sparsity: the fraction of zeros, in [0, 1).
