@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from . import preimage
+from .attention import AttentionLayers
 from .nodes import (
     activation_of,
     adds,
@@ -159,7 +160,14 @@ def _trace(model: nn.Module, given: Iterable[str] | None) -> fx.Graph:
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about defaults that fx cannot assert
-        return fx.Tracer().trace(model, concrete_args=defaults or None)
+        return _Tracer().trace(model, concrete_args=defaults or None)
+
+
+class _Tracer(fx.Tracer):
+    """Does not look into attention, whose masks and shapes decide what it does."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, AttentionLayers) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _state(reading: Reading, stated: Activation) -> Reading:
