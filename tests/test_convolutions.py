@@ -318,3 +318,32 @@ def test_a_sum_that_belongs_to_an_earlier_layer_ends_the_tail() -> None:
     result = prune(Crossed(), torch.randn(50, 6), NetTrim(epsilon=0.3), progress=False)
     network = result.certificate.network
     assert network.bound is None and network.reason
+
+
+class Hiding(nn.Module):
+    """A layer inside a module that the graph does not look into, or one whose weight is used without calling it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+        self.a, self.head, self.how = nn.Linear(6, 6), nn.Linear(6, 3), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "hidden":
+            return self.head(self.a(x) + self.inner(x))
+        h = torch.relu(self.a(x))
+        return self.head(F.linear(h, self.a.weight))
+
+
+@pytest.mark.parametrize("scheme", ["cascade", "parallel"])
+@pytest.mark.parametrize("how", ["hidden", "borrowed"])
+def test_bounds_know_of_layers_that_the_graph_does_not_call(how: str, scheme: Any) -> None:
+    x = torch.randn(60, 4, 6, generator=torch.Generator().manual_seed(0))
+    result = prune(Hiding(how).eval(), x, NetTrim(epsilon=0.3, gap=0.1), scheme=scheme, progress=False)
+    assert result.certificate.holds
+    network = result.certificate.network
+    if scheme == "parallel":
+        assert network.bound is None and network.reason
+    else:
+        assert network.bound == pytest.approx(network.achieved)  # the head sees what really comes

@@ -80,8 +80,8 @@ class Graph:
     traced: fx.Graph | None = None
     tail: Chain = Chain((), "no layer is on the way to the output")
 
-    def feeding(self, name: str) -> set[str]:
-        """The modules whose calls the sum of a layer depends on, the layer itself left out; empty for a layer that is added to nothing."""
+    def feeding(self, name: str, among: Iterable[str]) -> set[str]:
+        """Those ``among`` the layers that the sum of layer ``name`` depends on, itself left out; empty for one that is added to nothing."""
         total = self.readings[name].total
         if not total or self.traced is None:
             return set()
@@ -92,7 +92,8 @@ class Graph:
             if node not in found:
                 found.add(node)
                 waiting += node.all_input_nodes
-        return {str(node.target) for node in found if node.op == "call_module"} - {name}
+        called = [str(node.target) for node in found if node.op == "call_module"]
+        return {layer for layer in among if layer != name and any(_inside(layer, target) for target in called)}
 
 
 def read(
@@ -258,35 +259,41 @@ def _chain(
     that sum.
     """
     used = _used(graph)
-    calls = [node for node in graph.nodes if node.op == "call_module" and str(node.target) in layers and node in used]
+    calls = [node for node in graph.nodes if node in used and _changes(node, layers)]
     if not calls:
         return Chain((), "no layer that can be pruned is on the way to the output")
     changed = _depending(calls)
     steps: list[Step] = []
     seen: set[str] = set()
+    waiting = ""  # the sum that the last layer's reading speaks of, until it is passed: a step speaks of the whole sum or not at all
+
+    def ended(reason: str) -> Chain:
+        return Chain(tuple(steps[:-1] if waiting else steps), reason)
+
     begin = node = calls[-1 if last else 0]
     while True:
         name = str(node.target) if node.op == "call_module" else ""
         if node.op == "output":
             if node.args[0] not in changed:
-                return Chain(tuple(steps), "the output is more than one tensor")
+                return ended("the output is more than one tensor")
             aside = [str(call.target) for call in calls if str(call.target) not in seen]
-            return Chain(tuple(steps), f"layer {aside[0]!r} is on another path" if aside and not last else "")
+            return ended(f"layer {aside[0]!r} is on another path" if aside and not last else "")
         inputs = [argument for argument in node.all_input_nodes if argument in changed and not reads_shape(argument)]
         others = len(node.all_input_nodes) - len(inputs)  # a sum that a reading names was seen to have the layer's own shape
-        whole = last and node.name == layers[str(begin.target)]
+        whole = last and node.name == layers.get(str(begin.target))
         if node is not begin and not whole and (len(inputs) != 1 or (others and node not in consumed)):
-            return Chain(tuple(steps), f"{label(node, modules)} has more than one input")
+            return ended(f"{label(node, modules)} has more than one input")
         if name and hooked(modules[name]):
-            return Chain(tuple(steps), f"{label(node, modules)} has hooks, whose effect is not known")
+            return ended(f"{label(node, modules)} has hooks, whose effect is not known")
         # a layer that is not pruned counts only when it is known to compute x W + b; those that are pruned were checked on data
         if name and (name in layers or type(modules[name]) in (nn.Linear, nn.Conv1d, nn.Conv2d)):
             if name in seen:
-                return Chain(tuple(steps), f"layer {name!r} is called more than once")
+                return ended(f"layer {name!r} is called more than once")
             if name in contradicted:
-                return Chain(tuple(steps), f"the activation stated for layer {name!r} is not the one in the graph")
+                return ended(f"the activation stated for layer {name!r} is not the one in the graph")
             seen.add(name)
             steps.append(Step(name))
+            waiting = layers.get(name, "")
         elif node in consumed or passes(node, modules) or adds_number(node):
             pass
         elif norm_of(node, modules) is not None:
@@ -296,13 +303,27 @@ def _chain(
         else:
             activation = activation_of(node, modules)
             if activation is None or activation.lipschitz is None:
-                return Chain(tuple(steps), f"no Lipschitz constant is known for {label(node, modules)}")
+                return ended(f"no Lipschitz constant is known for {label(node, modules)}")
             if activation.lipschitz != 1.0:
                 steps.append(Step(None, activation.lipschitz))
+        if node.name == waiting:
+            waiting = ""
         users = [user for user in node.users if not reads_shape(user) and user in used]
         if len(users) != 1:
-            return Chain(tuple(steps), f"the path branches after {label(node, modules)}")
+            return ended(f"the path branches after {label(node, modules)}")
         node = users[0]
+
+
+def _inside(layer: str, module: str) -> bool:
+    """Whether a layer is that module or lies in it."""
+    return layer == module or layer.startswith(module + ".")
+
+
+def _changes(node: Node, layers: Iterable[str]) -> bool:
+    """Whether pruning changes what a node gives: it calls a layer, or a module that hides one, or reads a layer's parameters."""
+    if node.op == "call_module":
+        return any(_inside(layer, str(node.target)) for layer in layers)
+    return node.op == "get_attr" and any(str(node.target).startswith(layer + ".") for layer in layers)
 
 
 def _depending(nodes: Iterable[Node]) -> set[Node]:

@@ -255,7 +255,7 @@ class _Run:
             notes.append(f"the largest violation of its constraints off Omega is {solution.violation:.2g}")
         if self.found.rows[name] > program.rows:
             notes.append(f"{program.rows} of {self.found.rows[name]} rows were used (max_samples)")
-        later = sorted(self.graph.feeding(name) & set(self.names[self.names.index(name) + 1 :])) if self.scheme == "cascade" else []
+        later = sorted(self.graph.feeding(name, self.names[self.names.index(name) + 1 :])) if self.scheme == "cascade" else []
         if later:
             notes.append(
                 f"its sum is changed by {', '.join(later)}, pruned after it: what is certified of the sum stands with the last of them"

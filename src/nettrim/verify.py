@@ -180,7 +180,7 @@ def _unlike(report: PruneReport, stored: Certificate, pruned: nn.Module, found: 
             "rows": layer.rows,
         }
         parallel = stored.scheme == "parallel"
-        later = graph.feeding(layer.name) & {other.name for other in report.layers[place + 1 :]}
+        later = graph.feeding(layer.name, [other.name for other in report.layers[place + 1 :]])
         lasting = parallel or (report.settings.get("correction", 1) == 1 and found.calls[layer.name] == 1 and not later)
         numbers = ("reference_norm", "distance", "original_distance") if lasting else ()
         agreement = max(AGREEMENT, 32 * reference.precision)
