@@ -90,7 +90,7 @@ def prune(
             ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj`` of that module, whatever parameters it keeps them in.
         calibration: unlabelled batches that can be read more than once: tensors, tuples whose first item is the input, or mappings of
             keyword inputs; or one tensor with samples along its first dimension.
-        method: ``NetTrim(...)``, ``Magnitude(...)``.
+        method: ``NetTrim(...)``, or one to measure against: ``Magnitude``, ``Random``, ``Wanda``, ``OBS``, ``SparseGPT``, ``LinearADMM``.
         scheme: ``"parallel"`` (every layer sees the reference network's inputs) or ``"cascade"`` (the pruned network's).
         layers: names of layers, names of modules that contain them, or ``re:pattern``; by default every Linear layer.
         ignore: the same, to leave out.
