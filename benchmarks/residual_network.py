@@ -166,7 +166,7 @@ def measure(network: bytes, images: NDArray[np.float32], run: Run) -> Measured:
         "density": result.report.density,
         "discrepancy_certified": network_wide.achieved / network_wide.reference_norm,
         "holds": result.certificate.holds,
-        "proven": network_wide.bound,
+        "proven": None if network_wide.bound is None else network_wide.bound / network_wide.reference_norm,
         "layers": {layer.name: [layer.density, layer.relative_distance, layer.rows] for layer in result.report.layers},
     }
     return Measured(pickle.dumps(result.model), facts)
