@@ -193,7 +193,7 @@ def test_more_refusals() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_compressed_distances_are_never_too_small(bias: bool) -> None:
+def test_compressed_distances_allow_for_what_was_dropped(bias: bool) -> None:
     """Weights far larger than the original ones: what cancels in the Gram matrix is added to the distance."""
     A = normal(1, 200, 30) @ torch.diag(10.0 ** -torch.arange(30, dtype=torch.float64).div(5))
     W, b = normal(2, 30, 4), normal(3, 4) if bias else None

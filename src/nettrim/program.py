@@ -30,7 +30,7 @@ class LayerProgram:
     in which the layer stores its weights. In a ``hard`` program only points may be missed: every other box is a constraint (the published
     program, :mod:`nettrim.halfspace`). ``name`` is the layer's, for settings that differ by layer. ``fold`` is
     the batch-norm that ``weights`` and ``bias`` have taken in, if any. ``rounding`` times the squared distance from ``weights`` is what
-    compression can have lost of a squared distance; it is added, so that distances are never stated too small.
+    compression can have lost of a squared distance, to second order; it is added to what is stated.
     """
 
     inputs: Tensor
