@@ -153,3 +153,44 @@ def test_attention_with_added_keys_stays_as_it_is() -> None:
     result = prune(Added().eval(), tokens(), NetTrim(epsilon=0.1), progress=False)
     assert [layer.name for layer in result.report.layers] == ["head"]
     assert any("own.out_proj: never called" in note for note in result.report.notes)
+
+
+def tied(kind: str) -> nn.Module:
+    model = Encoder()
+    if kind == "to a linear layer":
+        model.head = nn.Linear(8, 24)
+        model.head.weight = model.own.in_proj_weight
+    elif kind == "between attentions":
+        model.own.in_proj_weight = model.encoder.layers[0].self_attn.in_proj_weight
+    elif kind == "of the output":
+        model.own.out_proj.weight = model.encoder.layers[1].self_attn.out_proj.weight
+    elif kind == "of biases":
+        model.own.in_proj_bias = model.encoder.layers[1].self_attn.in_proj_bias
+    else:
+        model.own = nn.MultiheadAttention(8, 2, kdim=8, vdim=6, batch_first=True).eval()
+        model.own.k_proj_weight = model.own.q_proj_weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("to a linear layer", "'own', 'head' share one parameter: pruning 'own.q_proj'"),
+        ("between attentions", "'encoder.layers.0.self_attn', 'own' share one parameter"),
+        ("of the output", "'encoder.layers.1.self_attn.out_proj', 'own.out_proj' share one parameter"),
+        ("of biases", "'encoder.layers.1.self_attn', 'own' share one parameter"),
+        ("inside", "'own.q_proj', 'own.k_proj' share one parameter"),
+    ],
+)
+def test_tied_attention_is_refused(kind: str, names: str) -> None:
+    with pytest.raises(nettrim.InvalidInput, match=names):
+        prune(tied(kind), tokens(), NetTrim(epsilon=0.1), progress=False)
+
+
+def test_what_is_tied_may_be_left_alone() -> None:
+    model = tied("between attentions")
+    result = prune(model, tokens(), NetTrim(epsilon=0.1), ignore=["own", "encoder.layers.0.self_attn"], progress=False)
+    assert result.model.own.in_proj_weight is result.model.encoder.layers[0].self_attn.in_proj_weight
+    assert result.certificate.holds
+    with pytest.raises(nettrim.InvalidInput, match=r"pruning 'head' would .* ignore=\['head'\]"):
+        prune(tied("to a linear layer"), tokens(), NetTrim(epsilon=0.1), layers=["head"], progress=False)

@@ -294,7 +294,7 @@ def test_a_statement_against_the_graph_is_said_and_ends_the_chain() -> None:
     graph = read(net, ["0", "2"], {"0": RELU})
     assert graph.readings["0"].source == "stated against the graph"
     assert "the graph reads gelu" in graph.readings["0"].words
-    assert graph.chain == Chain((), "the activation stated for layer '0' is not the one in the graph")
+    assert graph.chain == Chain((), "what is stated of layer '0' is not what the graph shows")
     # matching the pre-activation itself is sound whatever follows
     assert read(net, ["0", "2"], {"0": IDENTITY}).chain == Chain((Step("0"), Step(None, 1.129), Step("2")))
 

@@ -10,7 +10,7 @@ import torch
 from layer_programs import ACTIVATIONS, layer
 
 from nettrim.preimage import IDENTITY, RELU
-from nettrim.program import LayerProgram, Moments, damped, dead_inputs, from_rows, standardise
+from nettrim.program import LayerProgram, Moments, dead_inputs, from_rows, standardise
 from nettrim.status import InvalidInput
 
 
@@ -207,11 +207,15 @@ def test_compressed_distances_allow_for_what_was_dropped(bias: bool) -> None:
         assert small.distance(V, b) == pytest.approx(rows.distance(V, b), rel=1e-4)
 
 
-def test_damped_programs_add_the_distance_of_the_weights() -> None:
+def test_a_ridge_adds_the_distance_of_the_weights_and_leaves_dead_inputs_dead() -> None:
     p = layer(40, 6, 3, seed=2)
-    q = damped(p, 0.01)
+    s = standardise(p, torch.float64, ridge=0.01, shuffled=True)
     centred = p.inputs - p.inputs.mean(0)
     weight = 0.01 * float(centred.square().sum(0).mean())
     V = p.weights + normal(5, 6, 3)
-    assert q.distance(V, p.bias) ** 2 == pytest.approx(p.distance(V, p.bias) ** 2 + weight * float((V - p.weights).square().sum()))
-    assert damped(p, 0.0) is p
+    expected = p.distance(V, p.bias) ** 2 + weight * float((V - p.weights).square().sum())
+    assert s.distance(*s.enter(V, p.bias)) ** 2 == pytest.approx(expected)
+    assert torch.allclose(torch.linalg.vector_norm(s.A, dim=0), torch.ones(6, dtype=torch.float64))
+    inputs = p.inputs.clone()
+    inputs[:, 2] = 3.0
+    assert standardise(replace(p, inputs=inputs), ridge=0.01).live.tolist() == [True, True, False, True, True, True]

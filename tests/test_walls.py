@@ -8,9 +8,33 @@ from pathlib import Path
 import nettrim
 
 ROOT = Path(nettrim.__file__).parent
-MATHEMATICS = ("preimage", "fold", "halfspace", "program", "prox", "duality", "solution", "certificate", "bounds", "recovery", "solvers")
+MATHEMATICS = (
+    "preimage",
+    "patterns",
+    "fold",
+    "halfspace",
+    "program",
+    "prox",
+    "duality",
+    "solution",
+    "certificate",
+    "bounds",
+    "recovery",
+    "solvers",
+)
 NETWORKS = (
     "layers",
+    "reading",
+    "corrections",
+    "encoder",
+    "opening",
+    "stacked",
+    "distill",
+    "recertify",
+    "compare",
+    "bound_steps",
+    "bound_network",
+    "bound_query",
     "link",
     "attention",
     "graph",

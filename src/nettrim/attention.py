@@ -12,6 +12,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .encoder import as_steps
+from .layers import add_bias, can_take_bias
+
 
 class AttentionLayers(nn.Module):
     """What nn.MultiheadAttention computes in eval mode, by four Linear layers. Arguments and results are those of that class."""
@@ -69,8 +72,11 @@ class AttentionLayers(nn.Module):
         return output, shown if need_weights else None
 
 
-def opened(model: nn.Module) -> nn.Module:
-    """The model itself when it holds no attention module that can be opened; otherwise a copy in which all of them are."""
+def opened(model: nn.Module, *, encoders: bool = True) -> nn.Module:
+    """The model itself when it holds no attention module that can be opened; otherwise a copy in which all of them are.
+
+    With ``encoders``, torch's encoder layers around them become steps too (:mod:`nettrim.encoder`), which changes no name.
+    """
     if not any(map(_can_open, model.modules())):
         return model
     twin = copy.deepcopy(model)
@@ -83,7 +89,20 @@ def opened(model: nn.Module) -> nn.Module:
                 setattr(module, name, made.setdefault(id(child), AttentionLayers(cast(nn.MultiheadAttention, child))))
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # nested tensors belong to the fused path
-    return twin
+    return _in_steps(twin) if encoders else twin
+
+
+def _in_steps(model: nn.Module) -> nn.Module:
+    """The model with its encoder layers, and then its encoders, as steps; in place where they are not the model itself."""
+    made: dict[int, nn.Module] = {}
+    for kind in (nn.TransformerEncoderLayer, nn.TransformerEncoder):
+        for module in list(model.modules()):
+            for name, child in list(module._modules.items()):
+                if isinstance(child, kind) and (steps := made.get(id(child)) or as_steps(child, AttentionLayers)) is not None:
+                    module._modules[name] = made[id(child)] = steps
+        if isinstance(model, kind):
+            model = as_steps(model, AttentionLayers) or model
+    return model
 
 
 def closed(model: nn.Module, like: nn.Module) -> nn.Module:
@@ -110,9 +129,25 @@ def closed(model: nn.Module, like: nn.Module) -> nn.Module:
             if module.out_proj.bias is not None:
                 module.out_proj.bias.copy_(layers.out_proj.bias)
             state = {key: value for key, value in state.items() if not key.startswith(prefix)}
+    for name, module in result.named_modules():  # biases that pruning added outside attention
+        if name in found and can_take_bias(module) and getattr(found[name], "bias", None) is not None:
+            add_bias(module)
     own = result.state_dict()
     result.load_state_dict({key: state.get(key, value) for key, value in own.items()})
     return result
+
+
+def layers_of(name: str, module: nn.Module, parameter: str) -> list[str]:
+    """The layers that a module's own parameter belongs to once :func:`opened` has made layers of attention: the module itself elsewhere."""
+    if not _can_open(module):
+        return [name]
+    parts = ("q", "k", "v") if parameter.startswith("in_proj") else (parameter[0],)
+    return [f"{name}.{part}_proj" if name else f"{part}_proj" for part in parts]
+
+
+def in_attention(model: nn.Module, name: str) -> bool:
+    """Whether a layer of an opened model is a projection of attention."""
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), AttentionLayers)
 
 
 def _can_open(module: nn.Module) -> bool:

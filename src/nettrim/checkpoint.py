@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .certificate import Certificate
+from .layers import add_bias, can_take_bias
 from .report import PruneReport
 from .status import InvalidInput
 
@@ -65,7 +66,8 @@ def save(result: PruneResult, folder: str | Path, comparison: Any = ()) -> Path:
     # written beside the final place, then moved: an interruption leaves an earlier result whole
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=path))
     try:
-        save_file(state, staging / MODEL, metadata={"format": "pt", "producer": "nettrim"})
+        added = json.dumps(result.report.settings.get("added_biases", []))
+        save_file(state, staging / MODEL, metadata={"format": "pt", "producer": "nettrim", "added_biases": added})
         _write_json(staging / REPORT, result.report.to_dict())
         _write_json(staging / CERTIFICATE, result.certificate.to_dict())
         (staging / PAGE).write_text(page, encoding="utf-8")
@@ -100,19 +102,45 @@ def _replace_all(staging: Path, path: Path, names: Sequence[str]) -> None:
 def load(folder: str | Path, into: nn.Module) -> nn.Module:
     """Loads pruned weights from a saved folder (or a safetensors file) into ``into``, in place, and returns it.
 
+    Layers to which ``add_bias=True`` gave a bias get one here too, when they have none.
+
     Raises:
         InvalidInput: the file is missing or damaged, or names, shapes or dtypes do not fit; nothing is written in that case.
     """
     path = Path(folder)
-    state, own = read_weights(path / MODEL if path.is_dir() else path), into.state_dict()
+    file = path / MODEL if path.is_dir() else path
+    state, own = read_weights(file), into.state_dict()
     for key, value in state.items():
         if key in own and torch.promote_types(own[key].dtype, value.dtype) != own[key].dtype:
             raise InvalidInput(
                 f"weights {path}: {key} is stored in {value.dtype}, the model holds it in {own[key].dtype}, which would round it away "
                 f"from what is certified; convert the model first with .to({value.dtype})"
             )
-    load_state(into, state, str(path))
+    modules = dict(into.named_modules())
+    missing = [modules[name] for name in _added_biases(file) if name in modules and can_take_bias(modules[name])]
+    for module in missing:
+        add_bias(module)
+    try:
+        load_state(into, state, str(path))
+    except BaseException:
+        for module in missing:
+            module.bias = None
+        raise
     return into
+
+
+def _added_biases(path: Path) -> list[str]:
+    """The layers to which pruning gave a bias, as the file's header names them; none in files of other makers."""
+    if path.suffix != ".safetensors":
+        return []
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = json.loads((file.metadata() or {}).get("added_biases", "[]"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InvalidInput(f"weights file {path}: its header cannot be read ({error})") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InvalidInput(f"weights file {path}: added_biases in its header must be a list of names, found {names!r}")
+    return names
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
@@ -120,9 +148,13 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
     own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or extra:
+        modules = dict(model.named_modules())
+        biases = [key for key in extra if key.endswith("bias") and can_take_bias(modules.get(key[:-5], model))]
+        hint = "; if add_bias=True made these biases, nettrim.load gives them to the model" if biases and biases == extra else ""
         raise InvalidInput(
             f"weights {origin} do not fit the model ({type(model).__name__}): "
             + "; ".join(f"{label} {', '.join(keys[:5])}" for label, keys in (("missing", missing), ("not in the model", extra)) if keys)
+            + hint
         )
     for key, value in state.items():
         if own[key].is_meta:

@@ -13,13 +13,17 @@ from typing import Annotated, Any, ParamSpec
 import typer
 from rich.console import Console
 from rich.measure import Measurement
+from rich.table import Table
 
 from . import checkpoint, render
+from .bound_query import ask
 from .certificate import Certificate
+from .compare import compare, first_samples
 from .methods import Magnitude, NetTrim
 from .methods.targets import PerLayer
 from .progress import CountBar
 from .pruning import MAX_SAMPLES, prune
+from .render.bounds import bound_table
 from .report import PruneReport
 from .sources import batches_from, model_from
 from .status import CertificateError, InvalidInput, NetTrimError, Status
@@ -95,6 +99,16 @@ class ExperimentName(StrEnum):
     mnist_lenet_fc = "mnist-lenet-fc"
     cascade_vs_parallel = "cascade-vs-parallel"
     robustness = "robustness"
+    bounds = "bounds"
+
+
+class RuleName(StrEnum):
+    """What a bound leaves to chance."""
+
+    random = "random"
+    bernoulli = "bernoulli"
+    magnitude = "magnitude"
+    any = "any"
 
 
 class DatasetName(StrEnum):
@@ -225,6 +239,48 @@ def report_command(
             Console().print(f"- {sentence}", highlight=False, markup=False)
 
 
+@app.command("bound")
+@_told
+def bound_command(
+    model: Model,
+    share: Annotated[list[str] | None, typer.Option(help="Share of weights removed in [0, 1): a number, or LAYER=NUMBER.")] = None,
+    gap: Annotated[float | None, typer.Option(help="Instead of --share: the largest share whose bound is at most this.")] = None,
+    relative: Annotated[bool, typer.Option(help="--gap is relative to the norm of the outputs on the data.")] = False,
+    data: Annotated[str | None, typer.Option(help="Calibration data, as for prune: a bound over these samples.")] = None,
+    radius: Annotated[float | None, typer.Option(help="A bound uniform over all inputs of at most this norm.")] = None,
+    input_shape: Annotated[str | None, typer.Option(help="Shape of one sample, as 1,28,28; for --radius without --data.")] = None,
+    delta: Annotated[float, typer.Option(help="Probability with which the bound may fail.")] = 0.05,
+    rule: Annotated[RuleName, typer.Option(help="Which weights are removed; magnitude assumes random signs.")] = RuleName.random,
+    weights: Weights = None,
+    layers: Annotated[list[str] | None, typer.Option(help="Only these layers: names or re:pattern (repeatable).")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Not these layers: names or re:pattern (repeatable).")] = None,
+    batch_size: BatchSize = 256,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """How far removing a share of the weights can move the output, before anything is pruned."""
+    asked = ask(
+        model_from(model, weights),
+        data,
+        radius=radius,
+        input_shape=input_shape,
+        share=_target("share", share),
+        gap=gap,
+        relative=relative,
+        delta=delta,
+        rule=rule.value,
+        layers=layers,
+        ignore=ignore or (),
+        batch_size=batch_size,
+        device=device,
+    )
+    if as_json:
+        _print_json({"bounds": [bound.to_dict() for bound in asked]})
+        return
+    for bound in asked:
+        Console().print(bound_table(bound))
+
+
 @app.command("demo")
 @_told
 def demo_command(
@@ -261,6 +317,87 @@ def demo_command(
     _exit_unless_met(done.result.report, done.result.certificate)
 
 
+class _ManyValues(typer.core.TyperCommand):
+    """Takes several values behind one ``--methods`` or ``--sparsity``: ``--sparsity 0.5 0.9`` is ``--sparsity 0.5 --sparsity 0.9``.
+
+    The model, told by its colon, is never taken for a value.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        option = ""
+        for text in args:
+            if option and not text.startswith("-") and ":" not in text:
+                spread += [option, text]
+            elif text in ("--methods", "--sparsity"):
+                option = text
+            else:
+                option = ""
+                spread.append(text)
+        return super().parse_args(ctx, spread)
+
+
+@app.command("compare", cls=_ManyValues)
+@_told
+def compare_command(
+    model: Model,
+    data: Data,
+    output: Annotated[Path, typer.Option(help="Folder for results, table and picture; an interrupted comparison there is continued.")],
+    weights: Weights = None,
+    heldout: Annotated[
+        str | None, typer.Option(help="Data to measure on, with labels for accuracy; by default the calibration data.")
+    ] = None,
+    methods: Annotated[list[str] | None, typer.Option(help="Names of methods, or all (the default).")] = None,
+    sparsity: Annotated[list[float] | None, typer.Option(help="Fractions of zeros in [0, 1). Default: 0.5 0.7 0.9.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Which weights may stay, such as 2:4, for all methods.")] = None,
+    scheme: Annotated[
+        Scheme, typer.Option(help="Whose inputs a layer sees: the pruned network's or the reference network's.")
+    ] = Scheme.cascade,
+    layers: Annotated[list[str] | None, typer.Option(help="Only these layers: names or re:pattern (repeatable).")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Not these layers: names or re:pattern (repeatable).")] = None,
+    activation: Annotated[list[str] | None, typer.Option(help="LAYER=ACTIVATION where the graph does not show it (repeatable).")] = None,
+    samples: Annotated[int | None, typer.Option(help="Only this many calibration samples, the first ones.")] = None,
+    max_samples: Annotated[int, typer.Option(help="Most rows kept for one layer.")] = MAX_SAMPLES,
+    batch_size: BatchSize = 256,
+    seed: Annotated[int, typer.Option(help="Chooses rows where there are more than --max-samples, and what Random keeps.")] = 0,
+    device: Device = None,
+    resume: Annotated[bool, typer.Option(help="Continue what is in the folder.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Prune a model with several methods, and compare what they leave."""
+    from .render import compare_files  # drawing is needed only here
+
+    folder = checkpoint.check_writable(output)
+    network = model_from(model, weights)
+    batches = batches_from(data, network, batch_size)
+    with CountBar(Console(stderr=True), silent=as_json) as bar:
+        comparison = compare(
+            network,
+            batches if samples is None else first_samples(batches, samples),
+            methods=methods or "all",
+            sparsities=sparsity,
+            pattern=pattern,
+            heldout=None if heldout is None else batches_from(heldout, network, batch_size),
+            scheme=scheme.value,
+            layers=layers,
+            ignore=ignore or (),
+            activations=dict(_pair("activation", text) for text in activation or ()),
+            max_samples=max_samples,
+            seed=seed,
+            device=device,
+            folder=folder,
+            resume=resume,
+            progress=bar.advance,
+        )
+    files = compare_files.write(comparison, folder)
+    if as_json:
+        _print_json(comparison.to_dict() | {"files": [str(file) for file in files]})
+        return
+    _show_wide(compare_files.compare_table(comparison))
+    for file in files:
+        Console().print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command("reproduce")
 @_told
 def reproduce_command(
@@ -285,10 +422,7 @@ def reproduce_command(
     if as_json:
         _print_json(outcome.numbers)
         return
-    console = Console()
-    needed = Measurement.get(console, console.options.update(max_width=10_000), outcome.table).maximum
-    console.width = max(console.width, needed)  # a table without its numbers says nothing; lines may run over a narrow terminal
-    console.print(outcome.table)
+    console = _show_wide(outcome.table)
     for line in outcome.words:
         console.print(line, highlight=False, markup=False)
     for file in outcome.files:
@@ -370,6 +504,14 @@ def _show(report: PruneReport, certificate: Certificate, folder: Path, as_json: 
     page = folder / checkpoint.PAGE
     if page.is_file():
         console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_wide(table: Table) -> Console:
+    """Prints a table whole: without its numbers it says nothing; lines may run over a narrow terminal."""
+    console = Console()
+    console.width = max(console.width, Measurement.get(console, console.options.update(max_width=10_000), table).maximum)
+    console.print(table)
+    return console
 
 
 def _print_json(data: Mapping[str, Any]) -> None:

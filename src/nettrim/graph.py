@@ -25,27 +25,10 @@ from .nodes import (
     pooling_lipschitz,
     reads_shape,
 )
-from .preimage import IDENTITY, Activation, Pool
+from .preimage import IDENTITY, Activation
+from .reading import PARTS, Correction, Reading, corrected
 
 Node = fx.Node
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The activation that follows a layer, in words how it was found or why it was not, and who says so.
-
-    ``source`` is ``"graph"``, ``"stated"`` (by the user; the graph agrees or does not show it), ``"stated against the graph"`` or
-    ``"not seen"`` (matched linearly). ``norm`` names the batch-norm between layer and activation that is folded into the program,
-    ``total`` the graph's node of the sum in which the layer's output meets another branch before the activation, ``pool`` is the
-    max-pooling that comes with the activation.
-    """
-
-    activation: Activation
-    words: str
-    source: str = "graph"
-    norm: str = ""
-    total: str = ""
-    pool: Pool | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +54,8 @@ class Chain:
 class Graph:
     """The readings of all layers asked for, the chain, and the graph itself where it could be traced.
 
-    ``tail`` is the chain from the layer that is called last: all that a cascade needs for a bound of the output.
+    ``tail`` is the chain from the layer that is called last: all that a cascade needs for a bound of the output. ``plain`` are the layers
+    that were read without batch-norm and added branches.
     """
 
     readings: Mapping[str, Reading]
@@ -79,6 +63,7 @@ class Graph:
     notice: str = ""
     traced: fx.Graph | None = None
     tail: Chain = Chain((), "no layer is on the way to the output")
+    plain: frozenset[str] = frozenset()
 
     def feeding(self, name: str, among: Iterable[str]) -> set[str]:
         """Those ``among`` the layers that the sum of layer ``name`` depends on, itself left out; empty for one that is added to nothing."""
@@ -94,6 +79,21 @@ class Graph:
                 waiting += node.all_input_nodes
         called = [str(node.target) for node in found if node.op == "call_module"]
         return {layer for layer in among if layer != name and any(_inside(layer, target) for target in called)}
+
+    def corrected(self, model: nn.Module, corrections: Mapping[str, Correction]) -> Graph:
+        """The same graph of ``model``, read as the user corrects it; ``corrections`` by layer.
+
+        A correction that does not follow from what the graph shows is used, and ends every chain at its layer.
+        """
+        if not corrections:
+            return self
+        if self.traced is not None:
+            return _interpreted(self.traced, model, list(self.readings), corrections, self.plain)
+        readings, chain = dict(self.readings), self.chain
+        for name, correction in corrections.items():
+            readings[name], kept = corrected(readings[name], correction)
+            chain = Chain((), _contradicts(name)) if kept is None else chain
+        return replace(self, readings=readings, chain=chain)
 
 
 def read(
@@ -116,10 +116,10 @@ def read(
             ``x is None`` without notice, so a graph that does not agree is not used.
         plain: layers whose batch-norm and added branches are left out, because the tensors do not have the form that they need.
     """
-    stated = stated or {}
-    names = list(names)
+    names, corrections = list(names), {name: Correction(frozenset({"activation"}), value) for name, value in (stated or {}).items()}
     if "" in names:  # the model is itself the layer
-        return Graph({"": Reading(IDENTITY, "it is the network's output")}, Chain((Step(""),)))
+        whole = Graph({"": Reading(IDENTITY, "it is the network's output")}, Chain((Step(""),)))
+        return whole.corrected(model, corrections)
     try:
         traced = _trace(model, given)
         if agrees is not None and not agrees(fx.GraphModule(model, traced)):
@@ -128,28 +128,40 @@ def read(
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         words = f"the graph could not be traced ({cause}): matched linearly"
         readings = {name: Reading(preimage.as_linear("unknown"), words, "not seen") for name in names}
-        readings |= {name: Reading(activation, "stated by the user", "stated") for name, activation in stated.items() if name in readings}
-        return Graph(readings, Chain((), "the graph could not be traced"), words)
+        hidden = Graph(readings, Chain((), "the graph could not be traced"), words)
+        return hidden.corrected(model, {name: correction for name, correction in corrections.items() if name in readings})
+    return _interpreted(traced, model, names, corrections, frozenset(plain))
+
+
+def _interpreted(
+    traced: fx.Graph, model: nn.Module, names: list[str], corrections: Mapping[str, Correction], plain: frozenset[str]
+) -> Graph:
+    """Readings and chains of a graph that was traced."""
     modules = dict(model.named_modules())
     calls: dict[str, list[Node]] = {}
     for node in traced.nodes:
         if node.op == "call_module":
             calls.setdefault(str(node.target), []).append(node)
     norms = {name: len(nodes) for name, nodes in calls.items()}
-    readings, consumed, contradicted = {}, set(), set()
+    readings: dict[str, Reading] = {}
+    consumed: set[Node] = set()
+    contradicted: set[str] = set()
     for name in names:
-        reading, nodes = _read_layer(name, calls.get(name, []), modules, norms, name in set(plain))
-        if name in stated:
-            reading = _state(reading, stated[name])
-            if reading.source == "stated against the graph":
-                nodes = []  # what really follows is still to be counted
-                if not reading.activation.is_point:  # a point box matches the pre-activation, which is sound whatever follows
-                    contradicted.add(name)
-        consumed.update(nodes)
+        reading, parts = _read_layer(name, calls.get(name, []), modules, norms, name in plain)
+        kept: frozenset[str] | None = frozenset(PARTS)
+        if name in corrections:
+            reading, kept = corrected(reading, corrections[name])
+        if kept is None:
+            contradicted.add(name)
+        consumed.update(node for part, node in parts if part in (kept or ()))  # what else really follows is still to be counted
         readings[name] = reading
     totals = {name: reading.total for name, reading in readings.items()}
     chain, tail = (_chain(traced, modules, totals, consumed, contradicted, last=last) for last in (False, True))
-    return Graph(readings, chain, traced=traced, tail=tail)
+    return Graph(readings, chain, traced=traced, tail=tail, plain=plain)
+
+
+def _contradicts(name: str) -> str:
+    return f"what is stated of layer {name!r} is not what the graph shows"
 
 
 def _trace(model: nn.Module, given: Iterable[str] | None) -> fx.Graph:
@@ -171,18 +183,10 @@ class _Tracer(fx.Tracer):
         return isinstance(m, AttentionLayers) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _state(reading: Reading, stated: Activation) -> Reading:
-    """The user's statement about a layer, beside what the graph says."""
-    if reading.activation == stated or reading.source == "not seen":
-        return replace(reading, activation=stated, words="stated by the user", source="stated")
-    words = f"stated by the user (the graph reads {reading.activation.name}: {reading.words})"
-    return replace(reading, activation=stated, words=words, source="stated against the graph", norm="", total="", pool=None)
-
-
 def _read_layer(
     name: str, nodes: list[Node], modules: Mapping[str, nn.Module], norms: Mapping[str, int], plain: bool
-) -> tuple[Reading, list[Node]]:
-    """The reading of one layer, over all its calls, and the nodes behind it that it speaks of."""
+) -> tuple[Reading, list[tuple[str, Node]]]:
+    """The reading of one layer, over all its calls, and the nodes behind it that it speaks of, each with the part that it is."""
     if not nodes:
         return Reading(preimage.as_linear("unknown"), "its call is hidden from the graph: matched linearly", "not seen"), []
     found = [_follow(node, modules, norms, len(nodes), sums=len(nodes) == 1 and not plain, norm=not plain) for node in nodes]
@@ -197,14 +201,14 @@ def _read_layer(
 
 def _follow(
     node: Node, modules: Mapping[str, nn.Module], norms: Mapping[str, int], calls: int, *, sums: bool, norm: bool
-) -> tuple[Reading, list[Node]]:
-    """What stands between a layer's call and the first thing that is not understood, and the nodes of it."""
+) -> tuple[Reading, list[tuple[str, Node]]]:
+    """What stands between a layer's call and the first thing that is not understood, and the nodes of it, each with the part it is."""
     current, in_place = node, True
     found = Reading(IDENTITY, "")
     seen: list[str] = []
-    consumed: list[Node] = []
+    consumed: list[tuple[str, Node]] = []
 
-    def end(words: str, activation: Activation = IDENTITY) -> tuple[Reading, list[Node]]:
+    def end(words: str, activation: Activation = IDENTITY) -> tuple[Reading, list[tuple[str, Node]]]:
         return replace(found, activation=activation, words="; ".join([*seen, words])), consumed
 
     while True:
@@ -218,24 +222,24 @@ def _follow(
             return end("it is the network's output")
         own_norm = norm_of(following, modules)
         if own_norm and norm and current is node and norms[own_norm] == calls:
-            found = replace(found, norm=own_norm)
+            found, part = replace(found, norm=own_norm), "norm"
             seen.append(f"batch-norm {own_norm} folded in")
         elif sums and in_place and not found.total and found.pool is None and adds(following, current):
-            found = replace(found, total=following.name)
+            found, part = replace(found, total=following.name), "branch"
             other = next(argument for argument in following.args if argument is not current)
             seen.append(f"added to {label(other, modules) if isinstance(other, Node) else other}")
         elif in_place and found.pool is None and (pool := pool_of(following, modules)) is not None:
-            found = replace(found, pool=pool)
+            found, part = replace(found, pool=pool), "pool"
             seen.append(f"max-pooling {'x'.join(map(str, pool.kernel))}")
         elif (activation := activation_of(following, modules)) is not None:
             if not activation.exact:
                 found = replace(found, pool=None)
                 return end(f"{activation.name}, not piecewise linear, so the pre-activation is matched", activation)
-            consumed.append(following)
+            consumed.append(("activation", following))
             after = [user for user in following.users if not reads_shape(user)]
             pool = pool_of(after[0], modules) if len(after) == 1 and in_place and found.pool is None else None
             if pool is not None:
-                consumed.append(after[0])
+                consumed.append(("pool", after[0]))
                 found = replace(found, pool=pool)
                 return end(f"{activation.name} and max-pooling {'x'.join(map(str, pool.kernel))}, seen in the graph", activation)
             return end(f"{activation.name}, seen in the graph", activation)
@@ -245,7 +249,7 @@ def _follow(
             continue
         else:
             return end(f"followed by {label(following, modules)}, so the pre-activation is matched")
-        consumed.append(following)
+        consumed.append((part, following))
         current = following
 
 
@@ -290,7 +294,7 @@ def _chain(
             if name in seen:
                 return ended(f"layer {name!r} is called more than once")
             if name in contradicted:
-                return ended(f"the activation stated for layer {name!r} is not the one in the graph")
+                return ended(_contradicts(name))
             seen.add(name)
             steps.append(Step(name))
             waiting = layers.get(name, "")

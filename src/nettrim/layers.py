@@ -201,6 +201,21 @@ def view(name: str, module: nn.Module) -> LayerView:
     return LayerView(name, module)
 
 
+def can_take_bias(module: nn.Module) -> bool:
+    """True for a Linear, Conv1d or Conv2d without bias whose forward pass would use one: that of its class."""
+    kind = next((kind for kind in (nn.Linear, nn.Conv1d, nn.Conv2d) if isinstance(module, kind)), None)
+    if kind is None or "bias" not in module._parameters or module._parameters["bias"] is not None:
+        return False
+    own = type(module)
+    return own.forward is kind.forward and getattr(own, "_conv_forward", None) is getattr(kind, "_conv_forward", None)
+
+
+def add_bias(module: nn.Module) -> None:
+    """Gives such a module a bias of zero, as trainable as its weight; what it computes stays the same."""
+    weight = cast(nn.Parameter, module.weight)
+    module.bias = nn.Parameter(torch.zeros(len(weight), dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad)
+
+
 def without_values(tensor: Tensor) -> bool:
     """True for tensors of lazy modules that have not run yet, and for tensors on the meta device."""
     return is_lazy(tensor) or tensor.is_meta

@@ -160,10 +160,12 @@ def norm_of(node: Node, modules: Mapping[str, nn.Module]) -> str | None:
     if node.op != "call_module":
         return None
     module = modules[str(node.target)]
-    if type(module) not in NORMS or hooked(module):
-        return None
-    fixed = not module.training and module.running_mean is not None and module.running_var is not None
-    return str(node.target) if fixed else None
+    return str(node.target) if not module.training and has_statistics(module) else None
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """True for a batch-norm that is a fixed affine map per channel in eval mode."""
+    return isinstance(module, NORMS) and type(module) in NORMS and not hooked(module) and module.running_mean is not None
 
 
 def norm_scale(module: nn.Module) -> Tensor:
@@ -194,7 +196,15 @@ def adds_number(node: Node) -> bool:
 
 def pool_of(node: Node, modules: Mapping[str, nn.Module]) -> Pool | None:
     """The max-pooling over disjoint windows that a node computes, or ``None``."""
-    found = _window(node, modules, "max")
+    return _disjoint(_window(node, modules, "max"))
+
+
+def pool_of_module(module: nn.Module) -> Pool | None:
+    """The max-pooling over disjoint windows that a module computes, or ``None``."""
+    return _disjoint(_module_window(module, "max"))
+
+
+def _disjoint(found: Window | None) -> Pool | None:
     if found is None:
         return None
     kernel, stride, padding, dilation, ceil = found
@@ -232,30 +242,35 @@ Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...
 
 def _window(node: Node, modules: Mapping[str, nn.Module], kind: str) -> Window | None:
     """Kernel, stride, padding, dilation and ceil_mode of a pooling."""
-    values: tuple[Any, Any, Any, Any, Any]
     if node.op == "call_module":
-        module = modules[str(node.target)]
-        dims = (_MAX if kind == "max" else _AVG).get(type(module))
-        if dims is None or hooked(module) or getattr(module, "return_indices", False) or getattr(module, "divisor_override", None):
-            return None
-        own: Any = module
-        values = (own.kernel_size, own.stride, own.padding, own.dilation if kind == "max" else 1, own.ceil_mode)
-    elif node.op == "call_function":
-        dims = (_MAX_FUNCTIONS if kind == "max" else _AVG_FUNCTIONS).get(node.target)
-        if dims is None or node.kwargs.get("return_indices") or node.kwargs.get("divisor_override"):
-            return None
-        kernel, stride = _argument(node, 1, "kernel_size", None), _argument(node, 2, "stride", None)
-        padding = _argument(node, 3, "padding", 0)
-        spread = _argument(node, 4, "dilation", 1) if kind == "max" else 1
-        ceil = _argument(node, 5 if kind == "max" else 4, "ceil_mode", False)
-        values = (kernel, kernel if stride is None else stride, padding, spread, ceil)
-    else:
+        return _module_window(modules[str(node.target)], kind)
+    if node.op != "call_function":
         return None
-    sizes = [value if isinstance(value, (tuple, list)) else (value,) * dims for value in values[:4]]
+    dims = (_MAX_FUNCTIONS if kind == "max" else _AVG_FUNCTIONS).get(node.target)
+    if dims is None or node.kwargs.get("return_indices") or node.kwargs.get("divisor_override"):
+        return None
+    kernel, stride = _argument(node, 1, "kernel_size", None), _argument(node, 2, "stride", None)
+    padding = _argument(node, 3, "padding", 0)
+    spread = _argument(node, 4, "dilation", 1) if kind == "max" else 1
+    ceil = _argument(node, 5 if kind == "max" else 4, "ceil_mode", False)
+    return _sizes((kernel, kernel if stride is None else stride, padding, spread), ceil, dims)
+
+
+def _module_window(module: nn.Module, kind: str) -> Window | None:
+    dims = (_MAX if kind == "max" else _AVG).get(type(module))
+    if dims is None or hooked(module) or getattr(module, "return_indices", False) or getattr(module, "divisor_override", None):
+        return None
+    own: Any = module
+    return _sizes((own.kernel_size, own.stride, own.padding, own.dilation if kind == "max" else 1), own.ceil_mode, dims)
+
+
+def _sizes(values: tuple[Any, Any, Any, Any], ceil: Any, dims: int) -> Window | None:
+    """Kernel, stride, padding and dilation as one number for each dimension; ``None`` for what the graph computes."""
+    sizes = [value if isinstance(value, (tuple, list)) else (value,) * dims for value in values]
     if any(not isinstance(n, int) for size in sizes for n in size):
         return None
     tuples = [tuple(int(n) for n in size) for size in sizes]
-    return tuples[0], tuples[1], tuples[2], tuples[3], bool(values[4])
+    return tuples[0], tuples[1], tuples[2], tuples[3], bool(ceil)
 
 
 def passes(node: Node, modules: Mapping[str, nn.Module]) -> bool:

@@ -255,6 +255,7 @@ class StandardProgram:
     ``A`` (P, n) has columns orthogonal to ``e``, of unit norm on average (each of them when ``standardise`` had ``power`` 1);
     ``U = scale * W`` on the live inputs; ``Z = A U + e c^T``. ``values`` and ``vectors`` are the eigendecomposition of the Gram matrix
     ``A^T A``, which serves every penalty value. ``hard`` (P, M) marks the boxes that are constraints, ``None`` when there are none.
+    ``shuffled``: rows are in random order.
     """
 
     A: Tensor
@@ -272,6 +273,7 @@ class StandardProgram:
     unreachable: float
     source: LayerProgram
     hard: Tensor | None = None
+    shuffled: bool = False
 
     @property
     def e_square(self) -> float:
@@ -316,27 +318,6 @@ class StandardProgram:
         return U, c
 
 
-def damped(program: LayerProgram, share: float) -> LayerProgram:
-    """The program with ``share`` of the mean diagonal of its centred Gram matrix times ``||W - W0||_F^2`` added to the squared distance.
-
-    It keeps weights of inputs that hardly vary on the calibration data from growing without bound: nothing else holds them back, and
-    other inputs may vary there. Written as N further rows, so that everything that holds for programs holds for it.
-    """
-    A, e = program.inputs, program.bias_column
-    centred = A if e is None else A - torch.outer(e, (e @ A) / e.square().sum())
-    size = math.sqrt(share * float(centred.square().sum()) / max(A.shape[1], 1))
-    if size == 0.0:
-        return program
-    rows, target = size * torch.eye(A.shape[1], dtype=A.dtype, device=A.device), size * program.weights
-    return replace(
-        program,
-        inputs=torch.cat([A, rows]),
-        lo=torch.cat([program.lo, target]),
-        hi=torch.cat([program.hi, target]),
-        bias_column=None if e is None else torch.cat([e, e.new_zeros(len(rows))]),
-    )
-
-
 def _live(scale: Tensor, norm: Tensor) -> Tensor:
     """Inputs that vary: beyond rounding of their own mean, and of the largest input (compressed rows carry its rounding)."""
     if not len(norm):
@@ -353,12 +334,18 @@ def dead_inputs(program: LayerProgram) -> int:
     return int((~_live(torch.linalg.vector_norm(A, dim=0), norm)).sum())
 
 
-def standardise(program: LayerProgram, dtype: torch.dtype | None = None, *, power: float = 1.0) -> StandardProgram:
+def standardise(
+    program: LayerProgram, dtype: torch.dtype | None = None, *, power: float = 1.0, ridge: float = 0.0, shuffled: bool = False
+) -> StandardProgram:
     """Eliminates the bias, scales the inputs, removes the dead ones and decomposes the Gram matrix (design section 3).
 
     ``dtype`` is the working dtype: by default float64 for float64 layers and float32 otherwise. Inputs are divided by their norm to
     the ``power`` (and by a common factor that makes the mean square norm 1). The solutions are the same for every power in exact
     arithmetic; 1 suits budgets, where entries of different inputs are compared, and 1/2 makes the l1 solver need fewer iterations.
+    ``ridge`` adds that share of the mean diagonal of the Gram matrix (dead inputs left out) times ``||W - W0||_F^2`` to the squared
+    distance, as further rows: it keeps weights of inputs that hardly vary on the calibration data, and may vary elsewhere, from
+    growing. Distances of ``source`` do not contain it. ``shuffled`` puts the rows in an order that is random and always the same, so
+    that any run of them is a fair sample.
     """
     dtype = dtype or (torch.float64 if program.dtype == torch.float64 else torch.float32)
     A, e = program.inputs, program.bias_column
@@ -370,19 +357,28 @@ def standardise(program: LayerProgram, dtype: torch.dtype | None = None, *, powe
         mean = A.new_zeros(A.shape[1])
     scale = torch.linalg.vector_norm(A, dim=0)
     live = _live(scale, norm)
-    scale = scale[live]
+    A, scale, lo, hi = A if bool(live.all()) else A[:, live], scale[live], program.lo, program.hi
+    size = math.sqrt(ridge * float(scale.square().mean())) if len(scale) else 0.0
+    if size:
+        target = size * program.weights[live]
+        A, scale = torch.cat([A, size * torch.eye(len(scale), dtype=A.dtype, device=A.device)]), (scale.square() + size**2).sqrt()
+        lo, hi = torch.cat([lo, target]), torch.cat([hi, target])
+        e = None if e is None else torch.cat([e, e.new_zeros(len(target))])
     if len(scale) and power != 1.0:
         largest = scale.max()
         relative = scale / largest
         scale = relative**power
         scale = scale * (largest * (relative / scale).square().mean().sqrt())
-    A = A[:, live] / scale
+    A = A / scale
     gram = A.T @ A
+    if shuffled:
+        order = torch.randperm(len(A), generator=torch.Generator().manual_seed(0)).to(A.device)
+        A, lo, hi, e = A[order], lo[order], hi[order], None if e is None else e[order]
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2) if len(scale) else (scale, gram)
     standard = StandardProgram(
         A=A.to(dtype),
-        lo=program.lo.to(dtype),
-        hi=program.hi.to(dtype),
+        lo=lo.to(dtype),
+        hi=hi.to(dtype),
         e=None if e is None else e.to(dtype),
         scale=scale,
         live=live,
@@ -394,7 +390,8 @@ def standardise(program: LayerProgram, dtype: torch.dtype | None = None, *, powe
         c0=None,
         unreachable=program.unreachable,
         source=program,
-        hard=program.lo != program.hi if program.hard and not program.is_point else None,
+        hard=lo != hi if program.hard and not program.is_point else None,
+        shuffled=shuffled,
     )
     U0, c0 = standard.enter(program.weights, program.bias)
     return replace(standard, U0=U0, c0=c0)

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from . import preimage, schemes
-from .attention import closed, opened
+from . import schemes
+from .attention import closed, in_attention, opened
 from .calibration import Batches, Calibration
 from .capture import (
     Replica,
@@ -30,10 +30,13 @@ from .capture import (
     scan,
 )
 from .certificate import Certificate
+from .corrections import Parts, corrected_graph, corrections_of
 from .graph import Graph
-from .layers import LayerView, view
+from .layers import LayerView, can_take_bias, view
+from .layers import add_bias as give_bias
 from .methods import Method
-from .methods.targets import lookup
+from .methods.targets import check_room
+from .opening import how_opened
 from .preimage import Activation
 from .program import LayerProgram
 from .progress import Observer, observer
@@ -77,6 +80,8 @@ def prune(
     layers: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
     activations: Mapping[str, str | Activation] | None = None,
+    readings: Mapping[str, Parts] | None = None,
+    add_bias: bool = False,
     heldout: Batches | None = None,
     max_samples: int = MAX_SAMPLES,
     seed: int = 0,
@@ -96,6 +101,12 @@ def prune(
         ignore: the same, to leave out.
         activations: by layer name, the activation that follows (``"relu"``, ``"hardtanh(-1, 1)"``, ...), where the model's graph does not
             show it.
+        readings: by layer name or ``re:pattern``, corrections of what the report says is read of a layer: ``"activation"`` (its name),
+            ``"norm"`` and ``"pool"`` (the name of the batch-norm or max-pooling module behind it; checked on the first batch), and
+            ``"branch"`` (what is added to its output). ``None`` takes a part out, and what stands behind it too where that is not
+            stated. No network bound rests on what the graph does not show.
+        add_bias: gives Linear, Conv1d and Conv2d layers a bias where neither they nor a batch-norm behind them hold an offset; the result's
+            state_dict then has those keys more. Layers inside attention keep their form.
         heldout: batches that the certificate's statement about unseen inputs is made from; with labels, accuracy too.
         max_samples: most rows kept for a layer whose activation's preimages are boxes; chosen with ``seed``. One layer at a time is held,
             at about 12 bytes * max_samples * (N + 3 M), besides 32 bytes * N^2 for its Gram matrix. Layers that are matched linearly
@@ -105,7 +116,7 @@ def prune(
         progress: ``True`` shows a live bar on a terminal and plain lines elsewhere (standard error).
 
     Returns:
-        PruneResult: ``.model`` (same class, same state_dict keys), ``.report``, ``.certificate``.
+        PruneResult: ``.model`` (same class, same state_dict keys, but for biases that were asked for), ``.report``, ``.certificate``.
 
     Raises:
         InvalidInput: anything that cannot be used; raised before any layer is solved.
@@ -124,26 +135,37 @@ def prune(
     if scheme == "parallel" and method.needs_cascade:
         raise InvalidInput(f"{type(method).__name__}: {method.needs_cascade} speaks of the cascade; leave it out, or pass scheme='cascade'")
     given, model = model, opened(model)
-    names = select(model, layers, ignore)
+    names = select(model, layers, ignore, given)
     for setting, value in method.layer_settings.items():
         if isinstance(value, Mapping):
             resolve(value, names, f"{type(method).__name__}.{setting}")
-    stated = _stated(activations or {}, names)
+    modules = dict(model.named_modules())
+    for name in names:
+        if method.kind == "sparsity" and (target := method.target(name)) is not None:
+            layer = view(name, modules[name])
+            check_room(type(method).__name__, method.chosen, target, name, *layer.shape, layer.groups)
+    corrections = corrections_of(readings or {}, activations or {}, names, modules)
     batches = Calibration(calibration)
     unseen = None if heldout is None else Calibration(heldout, "heldout")
     place = device_of(model, device)
     with observer(progress) as show, random_state_kept(place):
         show.message("reading the calibration data")
         first = next(iter(batches))
+        encoders, opening = how_opened(given, place, first)
+        model = model if encoders else opened(given, encoders=False)
         reference, notice = reference_replica(model, place, first)
         found = scan(reference, names, batches)
         if unseen is not None:
             check_heldout(reference, unseen, batches)
         names, notes = _called(names, found, layers)
-        graph = read_graph(reference, names, stated, first)
-        notes = [*([notice] if notice else []), *([graph.notice] if graph.notice else []), *notes]
+        wanted = [name for name in names if method.target(name) is not None]  # what follows the others is read step by step
+        corrections = {name: correction for name, correction in corrections.items() if name in wanted}
+        graph = corrected_graph(reference, read_graph(reference, wanted, {}, first), corrections, first)
+        notes = [*([opening] if opening else []), *([notice] if notice else []), *([graph.notice] if graph.notice else []), *notes]
         run = _Run(model, method, scheme, batches, found, graph, reference, max_samples, seed, show)
-        run.solve([name for name in names if method.target(name) is not None])
+        if add_bias:
+            notes += run.add_biases(wanted)
+        run.solve(wanted)
         show.message("certifying")
         certificate = run.certify(notice)
         if unseen is not None:
@@ -158,7 +180,8 @@ def prune(
         sample_shape=found.sample_shape,
         layers=tuple(run.reports),
         notes=tuple(notes),
-        settings=_settings(method) | {"max_samples": max_samples, "stated_activations": {name: a.name for name, a in stated.items()}},
+        settings=_settings(method)
+        | {"max_samples": max_samples, "readings": {name: c.record() for name, c in corrections.items()}, "added_biases": run.added},
     )
     return PruneResult(closed(run.result, given), report, certificate)
 
@@ -188,8 +211,19 @@ class _Run:
         self.reference.graph = self.pruned.graph = graph
         self.reports: list[LayerReport] = []
         self.claims: list[Claim] = []
+        self.added: list[str] = []
         self.count = self.index = 0
         self.begun = 0.0
+
+    def add_biases(self, names: Sequence[str]) -> list[str]:
+        """Gives layers without any home for an offset a bias of zero, in all copies; notes on those that must stay without."""
+        homeless = [name for name, unit in self.reference.units(names).items() if unit.bias() is None]
+        fits = {name: can_take_bias(self.result.get_submodule(name)) and not in_attention(self.result, name) for name in homeless}
+        self.added = [name for name in homeless if fits[name]]
+        for name in self.added:
+            for model in (self.result, self.reference.model, self.pruned.model):
+                give_bias(model.get_submodule(name))
+        return [f"{name}: it takes no bias (attention, or a forward of its own); pruned without" for name in homeless if not fits[name]]
 
     def solve(self, names: Sequence[str]) -> None:
         if not names:
@@ -244,6 +278,8 @@ class _Run:
             notes.append(
                 "its weights are frozen (requires_grad=False); they were pruned all the same and stay frozen; use ignore= to leave them"
             )
+        if name in self.added:
+            notes.append("it was given a bias (add_bias)")
         calls = self.found.calls[name]
         if calls > 1:
             notes.append(f"called {calls} times in a pass: all calls count as rows of one program")
@@ -327,17 +363,6 @@ def _called(names: list[str], found: Scan, layers: Sequence[str] | None) -> tupl
     if not found.order:
         raise NothingToPrune(f"none of the layers {', '.join(names[:8])} is called on the calibration data")
     return found.order, [f"{name}: never called on the calibration data; left as it is" for name in missing]
-
-
-def _stated(activations: Mapping[str, str | Activation], names: Sequence[str]) -> dict[str, Activation]:
-    resolve(activations, names, "activations")
-    made = {key: value if isinstance(value, Activation) else preimage.named(value) for key, value in activations.items()}
-    for key, value in made.items():
-        if preimage.named(value.name) != value:  # the certificate names the activation, and nothing else of it
-            raise InvalidInput(
-                f"activations[{key!r}]: its name {value.name!r} means another activation; make it with nettrim.preimage.named(...)"
-            )
-    return {name: activation for name in names if (activation := lookup(made, name)) is not None}
 
 
 def _finite(solution: Solution, program: LayerProgram) -> Solution:

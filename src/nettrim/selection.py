@@ -8,13 +8,15 @@ from difflib import get_close_matches
 
 from torch import nn
 
+from .attention import layers_of
 from .layers import KINDS, is_prunable, view, without_values
 from .status import InvalidInput, NothingToPrune, UnknownLayer
 
 
-def select(model: nn.Module, layers: Sequence[str] | None, ignore: Sequence[str]) -> list[str]:
+def select(model: nn.Module, layers: Sequence[str] | None, ignore: Sequence[str], given: nn.Module | None = None) -> list[str]:
     """Names of the layers to prune, in the model's order.
 
+    ``given`` is the model that ``model`` was opened from (:mod:`nettrim.attention`): opening copies parameters, and with them what is tied.
     ``layers`` and ``ignore`` hold names of layers, names of modules that contain layers, or ``re:pattern`` (matched against whole names).
 
     Raises:
@@ -35,7 +37,7 @@ def select(model: nn.Module, layers: Sequence[str] | None, ignore: Sequence[str]
     chosen = [name for name in chosen if name not in dropped]
     if not chosen:
         raise NothingToPrune(f"every prunable layer was excluded ({', '.join(prunable[:8])}); loosen layers= or ignore=")
-    _refuse_ties(modules, chosen)
+    _refuse_ties(model if given is None else given, chosen)
     for name in chosen:
         view(name, modules[name])
     return chosen
@@ -91,16 +93,20 @@ def _refuse_without_values(model: nn.Module) -> None:
             raise InvalidInput(f"{name} holds no values yet (a lazy module, or the meta device); run or load the model before pruning it")
 
 
-def _refuse_ties(modules: Mapping[str, nn.Module], chosen: Sequence[str]) -> None:
+def _refuse_ties(model: nn.Module, chosen: Sequence[str]) -> None:
     """A weight that two modules share cannot be pruned for one of them without changing the other."""
-    owners: dict[int, list[str]] = {}
-    for name, module in modules.items():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter.data_ptr() or id(parameter), []).append(name)
-    for names in owners.values():
-        tied = [name for name in names if name in chosen]
-        if len(names) > 1 and tied:
+    owners: dict[int, list[tuple[str, list[str]]]] = {}  # of each parameter: the module, and the layers that it is of
+    for name, module in model.named_modules():
+        for label, parameter in module._parameters.items():
+            if parameter is not None:
+                layers = layers_of(name, module, label)
+                owners.setdefault(parameter.data_ptr() or id(parameter), []).append((name, layers))
+    for found in owners.values():
+        tied = [layer for _, layers in found for layer in layers if layer in chosen]
+        if len(found) > 1 and tied:
+            names = dict.fromkeys(name for name, _ in found)
+            who = ", ".join(repr(name) if name else "the model itself" for name in names) if len(names) > 1 else ", ".join(map(repr, tied))
             raise InvalidInput(
-                f"{', '.join(repr(name) if name else 'the model itself' for name in names)} share one parameter: pruning {tied[0]!r} would "
+                f"{who} share one parameter: pruning {tied[0]!r} would "
                 f"change the others too; untie them (give each its own copy) or pass ignore={tied!r}"
             )

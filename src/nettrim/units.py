@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .fold import Fold, Home
-from .graph import Reading
 from .layers import LayerView
 from .nodes import norm_scale
+from .reading import Reading
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +17,11 @@ from .calibration import Batches, Calibration
 from .capture import Replica, Scan, device_of, hashes, random_state_kept, read_graph, reference_replica, replicate, scan
 from .certificate import Certificate, clopper_pearson_upper
 from .checkpoint import contradictions, load, read_certificate, read_report
+from .corrections import corrected_graph, corrections_of
 from .graph import Graph
-from .layers import view
+from .layers import add_bias, can_take_bias, view
+from .opening import how_opened
+from .reading import Correction
 from .report import LayerReport, PruneReport
 from .selection import select
 from .status import CertificateError, InvalidInput, Status
@@ -57,7 +60,7 @@ def verify(
     names = [layer.name for layer in stored.layers]
     _refuse_unusable(stored, names)
     given, model = model, opened(model)
-    modules = select(model, names, ())
+    modules = select(model, names, (), given)
     place = device_of(model, device)
     problems = contradictions(folder)
     if hashes(model) != stored.reference_hash:
@@ -68,6 +71,8 @@ def verify(
     batches = Calibration(calibration)
     with random_state_kept(place):
         first = next(iter(batches))
+        if not how_opened(given, place, first)[0]:
+            model, pruned_model = (opened(net, encoders=False) for net in (given, load(folder, copy.deepcopy(given))))
         reference, notice = reference_replica(model, place, first)
         pruned = replicate(pruned_model, place, reference.dtype)
         found = scan(reference, names, batches)
@@ -78,10 +83,16 @@ def verify(
         uncalled = [name for name in names if name not in found.order]
         if uncalled:
             raise InvalidInput(f"layer {uncalled[0]!r} is never called on these calibration data; give the data of the run")
-        stated = report.settings.get("stated_activations", {})
-        graph = read_graph(reference, names, {name: preimage.named(text) for name, text in stated.items() if name in names}, first)
+        corrections = stated_corrections(report, names, dict(model.named_modules()))
+        graph = corrected_graph(reference, read_graph(reference, names, {}, first), corrections, first)
+        before, after = dict(reference.model.named_modules()), dict(pruned.model.named_modules())
+        added = [name for name in names if can_take_bias(before[name]) and after[name].bias is not None]
+        for name in added:
+            add_bias(before[name])
+        if sorted(added) != sorted(report.settings.get("added_biases", [])):
+            problems.append(f"report: added_biases are not those of the weights, which are {added}")
         problems += _unlike(report, stored, pruned_model, found, reference, graph)
-        problems += _changed_elsewhere(model, pruned_model, modules, graph)
+        problems += changed_elsewhere(model, pruned_model, modules, graph)
         claims = []
         for layer in stored.layers:
             reading = graph.readings[layer.name]
@@ -130,18 +141,28 @@ def _refuse_unusable(stored: Certificate, names: Sequence[str]) -> None:
             raise InvalidInput(f"certificate: {layer.name}: gap_kind {layer.gap_kind!r} is not known; the file is damaged")
 
 
-def _changed_elsewhere(model: nn.Module, pruned: nn.Module, names: Sequence[str], graph: Graph) -> list[str]:
+def stated_corrections(report: PruneReport, names: Sequence[str], modules: Mapping[str, nn.Module]) -> dict[str, Correction]:
+    """What the user said of the readings, from the report; ``stated_activations`` is its form in earlier versions."""
+    given = [report.settings.get(key, {}) for key in ("readings", "stated_activations")]
+    if not all(isinstance(mapping, Mapping) for mapping in given):
+        raise InvalidInput("report: settings.readings must be an object; the file is damaged")
+    readings, activations = ({name: value for name, value in mapping.items() if name in names} for mapping in given)
+    return corrections_of(readings, activations, names, modules)
+
+
+def changed_elsewhere(model: nn.Module, pruned: nn.Module, names: Sequence[str], graph: Graph) -> list[str]:
     """State that differs from the reference model's outside the certified layers: no number of the certificate speaks of it.
 
     The bias of a batch-norm that is folded into a layer without bias of its own belongs to that layer.
     """
     allowed = {f"{name}.{label}" if name else label for name in names for label in ("weight", "bias")}
     allowed |= {
-        f"{reading.norm}.bias" for name, reading in graph.readings.items() if reading.norm and model.get_submodule(name).bias is None
+        f"{reading.norm}.bias" for name, reading in graph.readings.items() if reading.norm and pruned.get_submodule(name).bias is None
     }
     before, after = model.state_dict(), pruned.state_dict()
     storages = {before[key].data_ptr() for key in allowed if key in before}  # a module that is registered twice has several keys
-    return [
+    more = [f"{key} is not in the reference model, and belongs to no certified layer" for key in after if key not in {*before, *allowed}]
+    return more + [
         f"{key} differs from the reference model, but belongs to no certified layer"
         for key, value in before.items()
         if key not in allowed

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..status import InvalidInput
 
-NAMES = ("recovery", "spirals", "mnist-fc", "mnist-lenet-fc", "cascade-vs-parallel", "robustness")
+NAMES = ("recovery", "spirals", "mnist-fc", "mnist-lenet-fc", "cascade-vs-parallel", "robustness", "bounds")
 Progress = Callable[[int, int, str], None]
 
 
@@ -86,6 +86,13 @@ def _robustness(settings: Settings) -> Outcome:
     return Outcome(summary.to_dict(), robustness_figures.table(summary), (), summary.files)
 
 
+def _bounds(settings: Settings) -> Outcome:
+    from . import bounds_figures, bounds_observed
+
+    summary = bounds_observed.run(**_on_images(settings))
+    return Outcome(summary.to_dict(), bounds_figures.table(summary), (), summary.files)
+
+
 def _cascade_vs_parallel(settings: Settings) -> Outcome:
     """First on the spirals, as in the first paper; then on images, as in the second."""
     from . import cascade_vs_parallel, cascade_vs_parallel_figures, spiral_schemes, spiral_schemes_figures
@@ -111,4 +118,5 @@ _EXPERIMENTS: dict[str, Callable[[Settings], Outcome]] = {
     "mnist-lenet-fc": _mnist_lenet_fc,
     "cascade-vs-parallel": _cascade_vs_parallel,
     "robustness": _robustness,
+    "bounds": _bounds,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from ..patterns import Pattern
 from ..program import LayerProgram
 from ..solution import Solution, Watch
 from .baselines import Magnitude, Random, Wanda
@@ -46,6 +47,10 @@ class Method(Protocol):
     @property
     def certified_program(self) -> str:
         """Which l1 program's duality gap the certificate recomputes: ``"epsilon"``, ``"penalty"`` or ``""``."""
+
+    @property
+    def chosen(self) -> Pattern:
+        """Which sets of weights may stay."""
 
     def describe(self) -> str:
         """One line for tables."""

@@ -9,20 +9,26 @@ import torch
 from torch import Tensor
 
 from ..program import LayerProgram
-from ..prox import largest_mask
 from ..solution import Solution, Watch
 from .linear import OneShot, check_whole, live_inputs, masked, own_weights
-from .targets import kept_weights
 
 
 @dataclass(frozen=True)
 class Magnitude(OneShot):
-    """Keeps the weights of largest magnitude in each layer, unchanged; bias unchanged. ``sparsity`` is the fraction of zeros, in [0, 1)."""
+    """Keeps the weights of largest magnitude in each layer, unchanged; bias unchanged.
+
+    Args:
+        sparsity: the fraction of zeros, in [0, 1).
+        pattern: see :mod:`nettrim.patterns`; whole groups are chosen by the sum of their squares.
+
+    Raises:
+        InvalidInput: a setting outside its range.
+    """
 
     def solve(self, program: LayerProgram, target: float, watch: Watch | None = None) -> Solution:
         """Zeroes all but the largest weights."""
         own = own_weights(program)
-        return masked(program, largest_mask(own, kept_weights(own.numel(), target)))
+        return masked(program, self.chosen.mask(own, self.kept(program, target)))
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Random(OneShot):
 
     Args:
         sparsity: the fraction of zeros, in [0, 1).
+        pattern: see :mod:`nettrim.patterns`; whole groups are drawn.
         seed: whole number >= 0. The draw depends on it, on the layer's name and on its weights, so that layers of one shape, and groups
             of one convolution, do not share a mask.
 
@@ -48,10 +55,8 @@ class Random(OneShot):
         """Zeroes all but the weights drawn."""
         own = own_weights(program)
         generator = torch.Generator().manual_seed(_layer_seed(self.seed, program.name, own))
-        drawn = torch.randperm(own.numel(), generator=generator)[: kept_weights(own.numel(), target)]
-        mask = torch.zeros(own.numel(), dtype=torch.bool)
-        mask[drawn] = True
-        return masked(program, mask.view(own.shape).to(own.device))
+        mask = self.chosen.drawn(own.shape[0], own.shape[1], self.kept(program, target), generator)
+        return masked(program, mask.to(own.device))
 
 
 @dataclass(frozen=True)
@@ -65,16 +70,24 @@ class Wanda(OneShot):
 
     Args:
         sparsity: the fraction of zeros, in [0, 1).
+        pattern: see :mod:`nettrim.patterns`. N:M as published: the highest scores of each group. Whole groups are chosen by the sum of
+            their squared scores, over all outputs together.
 
     Raises:
-        InvalidInput: sparsity outside its range.
+        InvalidInput: a setting outside its range.
     """
 
     def solve(self, program: LayerProgram, target: float, watch: Watch | None = None) -> Solution:
         """Zeroes all but the weights that score highest for their output."""
         own, live = own_weights(program), live_inputs(program)
         score = own.abs() * (torch.linalg.vector_norm(program.inputs, dim=0) * live)[:, None]
-        return masked(program, highest_by_output(score, kept_weights(own.numel(), target)) & live[:, None])
+        kept = self.kept(program, target)
+        if self.chosen.kind in ("rows", "columns", "RxC"):
+            return masked(program, self.chosen.mask(score, kept) & live[:, None])
+        if self.chosen.kind == "N:M":  # the same number of candidates for each output
+            allowed = self.chosen.mask(score, own.numel())
+            score, kept = torch.where(allowed, score, -1.0), min(kept, int(allowed.sum()))
+        return masked(program, highest_by_output(score, kept) & live[:, None])
 
 
 def highest_by_output(score: Tensor, k: int) -> Tensor:

@@ -8,25 +8,33 @@ the published methods see the layer's own weights.
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..patterns import Pattern, parse
 from ..program import LayerProgram
 from ..solution import Solution, Watch
 from ..status import InvalidInput, Status
-from .targets import PerLayer, check_target, target_for
+from .targets import PerLayer, check_target, target_for, weights_kept
 
 DEAD = 1e-10  # inputs of norm below this share of the largest are rounding (the rows of compressed programs carry some)
 
 
 @dataclass(frozen=True)
 class OneShot:
-    """A method whose target is ``sparsity``: the fraction of zeros, in [0, 1), as a number or a mapping from layer name."""
+    """A method whose target is ``sparsity``: the fraction of zeros, in [0, 1), as a number or a mapping from layer name.
 
-    sparsity: PerLayer
+    ``pattern`` says which sets of weights may stay (:mod:`nettrim.patterns`): ``"N:M"``, ``"rows"``, ``"columns"``, ``"RxC"``. N:M implies
+    a sparsity of 1 - N/M; with both, both hold.
+    """
 
+    sparsity: PerLayer | None = None
+    pattern: str | None = field(default=None, kw_only=True)
+
+    takes: ClassVar[tuple[str, ...]] = ("N:M", "rows", "columns", "RxC")  # kinds of patterns
     correction = 1.0
     kind = "sparsity"
     certified_program = ""
@@ -34,30 +42,55 @@ class OneShot:
     needs_cascade = ""
 
     def __post_init__(self) -> None:
-        check_target(type(self).__name__, "sparsity", self.sparsity)
+        name = type(self).__name__
+        if self.chosen.kind and self.chosen.kind not in self.takes:
+            raise InvalidInput(
+                f"{name} takes pattern {' or '.join(self.takes)}, or none; found {self.pattern!r}, which NetTrim, LinearADMM, Magnitude, "
+                "Wanda and Random take"
+            )
+        if self.sparsity is not None:
+            check_target(name, "sparsity", self.sparsity)
+        elif self.chosen.sparsity is None:
+            found = "neither" if self.pattern is None else f"pattern {self.pattern!r} alone"
+            raise InvalidInput(f"{name} needs a sparsity, or a pattern 'N:M', which implies one; found {found}")
+
+    @property
+    def chosen(self) -> Pattern:
+        """The pattern."""
+        return parse(self.pattern, type(self).__name__)
+
+    def kept(self, program: LayerProgram, target: float) -> int:
+        """How many weights of the layer may stay."""
+        own = None if self.sparsity is None else target
+        return weights_kept(type(self).__name__, self.chosen, own, program.name, *program.weights.shape)
 
     @property
     def targets(self) -> PerLayer:
-        """The sparsity: a number, or a mapping by layer."""
-        return self.sparsity
+        """The sparsity, or the one that the pattern implies: a number, or a mapping by layer."""
+        implied = self.chosen.sparsity
+        if self.sparsity is not None:
+            return self.sparsity
+        assert implied is not None
+        return implied
 
     @property
     def layer_settings(self) -> dict[str, PerLayer]:
         """The sparsity, by its name."""
-        return {"sparsity": self.sparsity}
+        return {"sparsity": self.targets}
 
     def describe(self) -> str:
         """One line for tables: the method, and the settings that are not its defaults."""
         changed = [
             f"{item.name} {getattr(self, item.name):g}"
             for item in fields(self)
-            if item.default is not MISSING and getattr(self, item.name) != item.default
+            if item.name not in ("sparsity", "pattern") and item.default is not MISSING and getattr(self, item.name) != item.default
         ]
-        return ", ".join([type(self).__name__, *changed])
+        pattern = [] if self.pattern is None else [f"pattern {self.pattern}"]
+        return ", ".join([type(self).__name__, *pattern, *changed])
 
     def target(self, layer: str) -> float | None:
         """The sparsity of that layer; ``None`` when a mapping does not name it."""
-        return target_for(self.sparsity, layer)
+        return target_for(self.targets, layer)
 
     def solve(self, program: LayerProgram, target: float, watch: Watch | None = None) -> Solution:
         """Solves one layer's program."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..patterns import UNSTRUCTURED
 from ..program import LayerProgram
-from ..prox import largest_mask
 from ..solution import Solution, Watch
 from ..status import InvalidInput, Status
 from .linear import OneShot, check_whole, finished, gram, live_inputs, own_weights, response_change
-from .targets import kept_weights
 
 START = 0.1  # the first penalty, with inputs of unit norm
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # share of the support that changed since the last check, factor on the penalty
@@ -34,6 +34,7 @@ class LinearADMM(OneShot):
 
     Args:
         sparsity: the fraction of zeros, in [0, 1).
+        pattern: see :mod:`nettrim.patterns`; the projection on it is the proximal step.
         ridge: in units of the mean diagonal of the Gram matrix of the inputs that are not always zero.
         max_iterations: ADMM steps.
 
@@ -54,37 +55,53 @@ class LinearADMM(OneShot):
         """Finds the support, then the weights on it."""
         own, live = own_weights(program), live_inputs(program)
         H = gram(program)[live][:, live]
-        k = min(kept_weights(own.numel(), target), H.shape[0] * own.shape[1])
+        k = min(self.kept(program, target), self.chosen.capacity(live, own.shape[1]))
         W = torch.zeros_like(own)
-        if k in (0, own[live].numel()):  # nothing to choose
-            W[live] = own[live] if k else 0.0
+
+        def choose(V: Tensor) -> Tensor:
+            return self.chosen.mask(V, k, live)
+
+        first = choose(own[live])
+        if not bool(first.any()) or bool(first.all()):  # nothing to choose
+            W[live] = own[live] * first
             return finished(program, W)
         H.diagonal().add_(self.ridge * H.diagonal().mean())
         scale = H.diagonal().sqrt()
         H = H / scale[:, None] / scale
         W0 = own[live] * scale[:, None]
-        found, iterations, settled = within_budget(H, W0, k, self.max_iterations, own.numel(), watch)
-        mask = largest_mask(found, k)
+        found, iterations, settled = within_budget(H, W0, k, self.max_iterations, own.numel(), watch, choose)
+        mask = choose(found)
         W[live] = conjugate_gradients(H, H @ W0, mask, found * mask) / scale[:, None]
         return finished(program, W, iterations, Status.CONVERGED if settled else Status.ITERATION_LIMIT)
 
 
-def within_budget(H: Tensor, W0: Tensor, k: int, max_iterations: int, weights: int, watch: Watch | None = None) -> tuple[Tensor, int, bool]:
+def within_budget(
+    H: Tensor,
+    W0: Tensor,
+    k: int,
+    max_iterations: int,
+    weights: int,
+    watch: Watch | None = None,
+    choose: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, int, bool]:
     """ADMM for ``min tr((W - W0)^T H (W - W0))`` with ``k`` nonzeros: ``W`` (N, M) before its largest are picked, steps, whether settled.
+
+    ``choose`` gives the mask of the weights that are picked; by default the ``k`` largest.
 
     With the penalty rho, ``W = (H + rho)^-1 (H W0 - V + rho D)``, ``D`` the ``k`` largest of ``W + V / rho``, ``V += rho (W - D)``. One
     eigendecomposition of ``H``, whose diagonal is 1, serves every rho. ``weights`` is the layer's number, for the density shown.
     """
+    choose = choose or (lambda V: UNSTRUCTURED.mask(V, k))
     values, Q = torch.linalg.eigh(H)
     values = values.clamp(min=0)[:, None]
     aim = H @ W0
-    first = W0 * largest_mask(W0, k)
+    first = W0 * choose(W0)
     W, D, V = W0, first, torch.zeros_like(W0)
     rho, grown, before = START, False, first != 0
     for iteration in range(1, max_iterations + 1):
         W = Q @ ((Q.T @ (aim - V + rho * D)) / (values + rho))
         shifted = W + V / rho
-        mask = largest_mask(shifted, k)
+        mask = choose(shifted)
         D = shifted * mask
         V = rho * (shifted - D)  # what V + rho (W - D) comes to
         if iteration % CHECK_EVERY:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
-from ..program import LayerProgram, StandardProgram, damped, standardise
+from ..patterns import Pattern, parse
+from ..program import LayerProgram, StandardProgram, standardise
 from ..solution import Solution, Watch
 from ..solvers import l0, l1
 from ..solvers.polish import polish as polish_support
 from ..status import InvalidInput, Status
 from . import published
-from .targets import PerLayer, check_target, kept_weights, numbers, target_for
+from .targets import PerLayer, check_target, numbers, target_for, weights_kept
 
 ABOVE_BEST = 1.01  # an unreachable tolerance is replaced by the best reachable distance times this
 
@@ -33,13 +34,18 @@ class NetTrim:
     - ``sparsity``: the fraction of zeros, in [0, 1);
     - ``penalty``: ``lambda`` of ``1/2 dist^2 + lambda ||W||`` (absolute, so it scales with the number of samples).
 
+    A ``pattern="N:M"`` without target stands for what it implies, a sparsity of 1 - N/M; with a target, both hold.
+
     Args:
+        pattern: which sets of weights may stay, l0 only: ``"N:M"``, ``"rows"`` (whole neurons), ``"columns"`` (whole inputs), ``"RxC"``
+            (blocks of R outputs by C inputs); see :mod:`nettrim.patterns`. It comes before a tolerance: where no weights in the pattern
+            are found within it, those of least distance are taken, and the status says so.
         program: ``"preimage"``, or ``"halfspace"``: the published program, whose bias is penalised and whose outputs off Omega are held
             to at most 0 (in the cascade, to the original weights' response); l1, epsilon or penalty only. Its lambda is twice ours.
         gamma: with epsilon, cascade only; at least 1, a number or a mapping by layer. Layers whose inputs pruning has changed
             take, instead of epsilon, the tolerance ``sqrt(gamma)`` times the distance of their own original weights (published).
         kappa: risk coefficient in (0, 1]: factor on that tolerance for layers without activation. Below 1 it may be out of reach.
-        norm: ``"l1"`` (convex, with a duality gap) or ``"l0"``. Default: l1 for epsilon and penalty, l0 for sparsity.
+        norm: ``"l1"`` (convex, with a duality gap) or ``"l0"``. Default: l1 for epsilon and penalty, l0 for sparsity and with a pattern.
         polish: least distance on the support that was found. Default: off for l1, whose certificate speaks of the
             optimum itself; on for l0.
         correction: in the cascade, how far the target stands at the reference output (1) rather than at the unpruned layer's own
@@ -50,7 +56,7 @@ class NetTrim:
         max_iterations: iterations of one solve; the default is 3000 for l1 and 500 for l0.
 
     Raises:
-        InvalidInput: not exactly one target, or a setting outside its range.
+        InvalidInput: not exactly one target, a setting outside its range, or a pattern with l1 or the published program.
     """
 
     epsilon: PerLayer | None = None
@@ -65,17 +71,25 @@ class NetTrim:
     ridge: float = 0.001
     gap: float = 0.01
     max_iterations: int | None = None
+    pattern: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         given = [name for name in ("epsilon", "sparsity", "penalty") if getattr(self, name) is not None]
-        if len(given) != 1:
+        implied = self.chosen.sparsity
+        if len(given) != 1 and (given or implied is None):
             found = " and ".join(given) or "none"
-            raise InvalidInput(f"NetTrim needs exactly one of epsilon, sparsity and penalty; found {found}")
-        check_target("NetTrim", given[0], getattr(self, given[0]))
+            raise InvalidInput(
+                f"NetTrim needs exactly one of epsilon, sparsity and penalty; found {found} (only a pattern 'N:M' needs none)"
+            )
+        for name in given:
+            check_target("NetTrim", name, getattr(self, name))
         if self.norm not in (None, "l1", "l0"):
             raise InvalidInput(f"NetTrim: norm must be 'l1' or 'l0', found {self.norm!r}")
         if self.program not in ("preimage", "halfspace"):
             raise InvalidInput(f"NetTrim: program must be 'preimage' or 'halfspace', found {self.program!r}")
+        if self.pattern is not None and (self.norm == "l1" or self.program == "halfspace"):
+            found = "norm='l1'" if self.norm == "l1" else "program='halfspace'"
+            raise InvalidInput(f"NetTrim: pattern {self.pattern!r} needs norm='l0' on the preimage program, found {found}; leave that out")
         if self.program == "halfspace":
             self._check_published()
         if self.gamma is not None:
@@ -116,19 +130,25 @@ class NetTrim:
     @property
     def kind(self) -> str:
         """Which target was given: ``"epsilon"``, ``"sparsity"`` or ``"penalty"``."""
-        return "epsilon" if self.epsilon is not None else "sparsity" if self.sparsity is not None else "penalty"
+        return "epsilon" if self.epsilon is not None else "penalty" if self.penalty is not None else "sparsity"
+
+    @property
+    def chosen(self) -> Pattern:
+        """The pattern."""
+        return parse(self.pattern, "NetTrim")
 
     @property
     def targets(self) -> PerLayer:
-        """The target that was given: a number, or a mapping by layer."""
+        """The target that was given, or the sparsity that the pattern implies: a number, or a mapping by layer."""
         value = getattr(self, self.kind)
+        value = self.chosen.sparsity if value is None else value
         assert isinstance(value, (int, float, Mapping))
         return value
 
     @property
     def chosen_norm(self) -> str:
         """The norm in use."""
-        return self.norm or ("l0" if self.kind == "sparsity" else "l1")
+        return self.norm or ("l0" if self.kind == "sparsity" or self.pattern is not None else "l1")
 
     @property
     def certified_program(self) -> str:
@@ -149,7 +169,8 @@ class NetTrim:
         """One line for tables."""
         gamma = "" if self.gamma is None else f", gamma {self.gamma:g}" if isinstance(self.gamma, (int, float)) else ", gamma by layer"
         kappa = "" if self.kappa == 1 else f", kappa {self.kappa:g}"
-        return f"NetTrim {self.chosen_norm}, {self.program} program{gamma}{kappa}"
+        pattern = "" if self.pattern is None else f", pattern {self.pattern}"
+        return f"NetTrim {self.chosen_norm}, {self.program} program{pattern}{gamma}{kappa}"
 
     def target(self, layer: str) -> float | None:
         """The target of that layer; ``None`` when a mapping does not name it."""
@@ -166,7 +187,7 @@ class NetTrim:
         if self.chosen_norm == "l1":
             standard = standardise(program, power=0.5)
         else:
-            standard = replace(standardise(damped(program, self.ridge), power=1.0), source=program)
+            standard = standardise(program, power=1.0, ridge=self.ridge, shuffled=True)
         if self.kind == "epsilon":
             return self._within_tolerance(standard, target, factor, watch)
         if self.kind == "penalty":
@@ -211,7 +232,7 @@ class NetTrim:
                 none.weights, none.bias, Status.CONVERGED, none.distance, 0, tolerance=tolerance, tolerance_used=tolerance, gap=gap
             )
         if used <= 1e-12 * program.reference_norm:
-            return self._original(program, tolerance, original)
+            return self._fallback(p, tolerance, used, original, notes, watch)
         if self.chosen_norm == "l1":
             result = l1.within_tolerance(p, used, gap=self.gap, max_iterations=self._l1_iterations(), watch=watch)
             W, b, distance, iterations, converged, gap = (
@@ -230,13 +251,13 @@ class NetTrim:
                 W, b = p.restore(U, c)
                 distance, gap = program.distance(W, b), l1.dual_gap(program, W, b, epsilon=used)
         else:
-            found = l0.within_tolerance(p, used, max_iterations=self._l0_iterations(), watch=watch)
+            found = l0.within_tolerance(p, used, max_iterations=self._l0_iterations(), pattern=self.chosen, watch=watch)
             if found is None:
-                return self._fallback(p, tolerance, used, original, notes)
+                return self._fallback(p, tolerance, used, original, notes, watch)
             W, b = p.restore(found.U, found.c)
             distance, iterations, converged, gap = program.distance(W, b), found.iterations, found.converged, None
         if distance > used:
-            return self._fallback(p, tolerance, used, original, notes)
+            return self._fallback(p, tolerance, used, original, notes, watch)
         status = Status.INFEASIBLE if used > tolerance else Status.CONVERGED if converged else Status.ITERATION_LIMIT
         return Solution(W, b, status, distance, iterations, tolerance=tolerance, tolerance_used=used, gap=gap, notes=notes)
 
@@ -248,9 +269,20 @@ class NetTrim:
         W, b = p.restore(U, c)
         return Solution(W, b, Status.CONVERGED, p.source.distance(W, b), 0)
 
-    def _fallback(self, p: StandardProgram, tolerance: float, used: float, original: float, notes: tuple[str, ...]) -> Solution:
-        """No sparse weights met the tolerance: the original ones when they do, otherwise those of least distance."""
-        if original <= tolerance:
+    def _fallback(
+        self, p: StandardProgram, tolerance: float, used: float, original: float, notes: tuple[str, ...], watch: Watch | None
+    ) -> Solution:
+        """No sparse weights met the tolerance: the original ones when they do, otherwise those of least distance.
+
+        Where the pattern bounds how many weights stay, those of least distance within it.
+        """
+        if self.chosen.sparsity is not None:
+            best = self._budget(p, p.source.weights.numel(), watch)
+            met = best.distance <= tolerance
+            status, wider = (best.status, tolerance) if met else (Status.INFEASIBLE, best.distance)
+            note = () if met else (f"pattern {self.pattern} has no weights within the tolerance: those of least distance found were taken",)
+            return replace(best, status=status, tolerance=tolerance, tolerance_used=wider, notes=(*notes, *note))
+        if original <= tolerance or used <= 1e-12 * p.source.reference_norm:
             return self._original(p.source, tolerance, original)
         best = self._best_reachable(p.source)
         met = best.distance <= tolerance
@@ -270,6 +302,8 @@ class NetTrim:
 
     def _penalised(self, p: StandardProgram, penalty: float, watch: Watch | None) -> Solution:
         program = p.source
+        if penalty == 0 and self.chosen.sparsity is not None:
+            return replace(self._budget(p, program.weights.numel(), watch), penalty=0.0)
         if penalty == 0:  # nothing but the distance is left to minimise
             best = self._best_reachable(program)
             own = Solution(*program.stored(program.weights, program.bias), Status.CONVERGED, program.original_distance(), 0)
@@ -279,7 +313,7 @@ class NetTrim:
             W, b, iterations, converged = result.weights, result.bias, result.iterations, result.converged
             gap: float | None = result.gap
         else:
-            found = l0.penalised(p, penalty, max_iterations=self._l0_iterations(), watch=watch)
+            found = l0.penalised(p, penalty, max_iterations=self._l0_iterations(), pattern=self.chosen, watch=watch)
             (W, b), iterations, converged, gap = p.restore(found.U, found.c), found.iterations, found.converged, None
         if self.polish and self.chosen_norm == "l1":
             U, c = p.enter(W, b)
@@ -291,10 +325,16 @@ class NetTrim:
 
     def _within_budget(self, p: StandardProgram, sparsity: float, watch: Watch | None) -> Solution:
         program = p.source
-        k = kept_weights(program.weights.numel(), sparsity)
+        given = None if self.sparsity is None else sparsity
+        return self._budget(p, weights_kept("NetTrim", self.chosen, given, program.name, *program.weights.shape), watch)
+
+    def _budget(self, p: StandardProgram, k: int, watch: Watch | None) -> Solution:
+        """Least distance with at most ``k`` weights, in the pattern."""
+        program = p.source
         if self.chosen_norm == "l0":
             rounds = 0 if self.polish is False else 6
-            found = l0.within_budget(p, k, max_iterations=self._l0_iterations(), polish_rounds=rounds, watch=watch)
+            limit = self._l0_iterations()
+            found = l0.within_budget(p, k, max_iterations=limit, polish_rounds=rounds, pattern=self.chosen, watch=watch)
             (W, b), iterations, converged = p.restore(found.U, found.c), found.iterations, found.converged
         else:
             result = l1.within_budget(p, k, gap=self.gap, max_iterations=self._l1_iterations(), watch=watch)

@@ -8,15 +8,15 @@ on the zeros and not on their order.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..patterns import UNSTRUCTURED, NofM, Pattern
 from ..program import LayerProgram
-from ..prox import largest_mask
 from ..solution import Solution, Watch
 from .linear import OneShot, check_positive, check_whole, finished, gram, live_inputs, own_weights
-from .targets import kept_weights
 
 MEMORY = 128 * 2**20  # bytes for the inverses of the outputs that are worked on together
 DEFERRED = 96  # removals that are gathered before they are taken out of the inverses
@@ -33,6 +33,8 @@ class OBS(OneShot):
 
     Args:
         sparsity: the fraction of zeros, in [0, 1).
+        pattern: ``"N:M"`` only, as in the paper: weights go from groups that still hold more than N, until none does. What a lower sparsity
+            removes besides follows as without a pattern.
         damping: share of the mean diagonal of the Gram matrix that is added to its diagonal. The paper has none; without it, inputs that
             depend on each other have no inverse.
 
@@ -41,6 +43,8 @@ class OBS(OneShot):
     """
 
     damping: float = 1e-6
+
+    takes: ClassVar[tuple[str, ...]] = ("N:M",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,10 +55,12 @@ class OBS(OneShot):
         own, live = own_weights(program), live_inputs(program)
         H = _damped(gram(program)[live][:, live], self.damping)
         W = torch.zeros_like(own)
-        kept = min(kept_weights(own.numel(), target), H.shape[0] * own.shape[1])
+        kept = min(self.kept(program, target), self.chosen.capacity(live, own.shape[1]))
         if kept:
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
-            order, cost = removal_order(H, inverse, own[live])
+            pattern = self.chosen
+            groups = Groups(live.nonzero()[:, 0] // pattern.of, pattern.most) if isinstance(pattern, NofM) else None
+            order, cost = removal_order(H, inverse, own[live], groups)
             W[live] = least_squares(H, inverse, own[live], mask_by_cost(order, cost, kept))
         return finished(program, W, own.numel() - kept)
 
@@ -70,9 +76,11 @@ class SparseGPT(OneShot):
 
     Args:
         sparsity: the fraction of zeros, in [0, 1).
+        pattern: ``"N:M"`` only, as published: weights are chosen for M inputs at a time, when the sweep reaches them. With a sparsity too,
+            every M inputs keep their share of the layer's count.
         damping: share of the mean diagonal of the Gram matrix that is added to its diagonal; inputs that are always zero are left out of
             that mean (the published code counts them as 1, which depends on the unit of the inputs).
-        block: inputs for which weights are chosen together.
+        block: inputs for which weights are chosen together; with N:M it only sets how the work is cut.
 
     Raises:
         InvalidInput: a setting outside its range.
@@ -80,6 +88,8 @@ class SparseGPT(OneShot):
 
     damping: float = 0.01
     block: int = 128
+
+    takes: ClassVar[tuple[str, ...]] = ("N:M",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,17 +104,30 @@ class SparseGPT(OneShot):
         H[:, ~live] = 0.0
         size = float(H.diagonal()[live].mean()) if bool(live.any()) else 1.0
         H.diagonal()[~live] = size
-        budget = block_budgets(live, own.shape[1], self.block, kept_weights(own.numel(), target))
-        W = sweep(_damped(H, self.damping), own * live[:, None], self.block, budget)
+        pattern, kept = self.chosen, self.kept(program, target)
+        together = pattern.of if isinstance(pattern, NofM) else self.block
+        most = pattern.most if isinstance(pattern, NofM) else together
+        budget = block_budgets(live, own.shape[1], together, kept, most)
+        block = max(together, self.block // together * together)  # whole groups
+        W = sweep(_damped(H, self.damping), own * live[:, None], block, budget, pattern=pattern, together=together)
         return finished(program, W, len(budget))
 
 
-def removal_order(H: Tensor, inverse: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Groups:
+    """The group of each input (N,), numbered upwards, and how many weights of each group and output stay at most."""
+
+    of: Tensor
+    most: int
+
+
+def removal_order(H: Tensor, inverse: Tensor, W: Tensor, groups: Groups | None = None) -> tuple[Tensor, Tensor]:
     """For each output, the order in which exact greedy OBS removes its weights, and what each removal costs.
 
     Args:
         H: Gram matrix (N, N), float64, positive definite; ``inverse`` its inverse.
         W: weights (N, M).
+        groups: weights of groups that hold too many are removed first. Their removal is no choice: its cost is given as -inf.
 
     Returns:
         order (M, N), the inputs in order of removal; cost (M, N), ``w_j^2 / G_jj``: by so much the squared change of the response grows.
@@ -115,11 +138,11 @@ def removal_order(H: Tensor, inverse: Tensor, W: Tensor) -> tuple[Tensor, Tensor
     together = max(1, MEMORY // (2 * N * N * W.element_size()))  # the inverses before and after removals are taken out
     for start in range(0, M, together):
         rows = slice(start, start + together)
-        order[rows], cost[rows] = _removals(H, inverse, W.T[rows].contiguous())
+        order[rows], cost[rows] = _removals(H, inverse, W.T[rows].contiguous(), groups)
     return order, cost
 
 
-def _removals(H: Tensor, inverse: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+def _removals(H: Tensor, inverse: Tensor, w: Tensor, groups: Groups | None) -> tuple[Tensor, Tensor]:
     """:func:`removal_order` of a few outputs, ``w`` (R, N).
 
     Removals change the inverses by ``-l^T l``. These are kept apart, ``DEFERRED`` of them, and then taken out in one product, together
@@ -133,14 +156,21 @@ def _removals(H: Tensor, inverse: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     names = torch.arange(N, device=w.device).expand(R, N)
     least = (1 / H.diagonal()).expand(R, N)  # no diagonal entry of any of the inverses is smaller; keeps rounding from going below
     d = inverse.diagonal().repeat(R, 1)
+    left = None if groups is None else groups.of.bincount().repeat(R, 1)
+    forced = 0 if groups is None else int((groups.of.bincount() - groups.most).clamp(min=0).sum())
     for begin in range(0, N, DEFERRED):
         count, n = min(DEFERRED, N - begin), N - begin
         removed = w.new_zeros(R, count, n)
         gone = torch.zeros(R, n, dtype=torch.bool, device=w.device)
         for t in range(count):
             score = (w.square() / d).masked_fill_(gone, torch.inf)
+            if groups is not None and left is not None and begin + t < forced:
+                score.masked_fill_((left <= groups.most).gather(1, groups.of[names]), torch.inf)
             cost[:, begin + t], j = score.min(1)
             order[:, begin + t] = names[each, j]
+            if groups is not None and left is not None and begin + t < forced:
+                left[each, groups.of[order[:, begin + t]]] -= 1
+                cost[:, begin + t] = -torch.inf
             row = G[each, j]
             if t:
                 row = row.unsqueeze(1).baddbmm(removed[each, :t, j].unsqueeze(1), removed[:, :t], alpha=-1).squeeze(1)
@@ -186,11 +216,15 @@ def least_squares(H: Tensor, inverse: Tensor, W: Tensor, mask: Tensor) -> Tensor
     return result
 
 
-def block_budgets(live: Tensor, outputs: int, block: int, kept: int) -> list[int]:
-    """How many weights each block of inputs keeps: the same share of all, no more than it has on live inputs, ``kept`` in all."""
+def block_budgets(live: Tensor, outputs: int, block: int, kept: int, most: int | None = None) -> list[int]:
+    """How many weights each block of inputs keeps: the same share of all, no more than it has on live inputs, ``kept`` in all.
+
+    ``most``: weights that each output may keep in a block; by default all.
+    """
+    most = block if most is None else most
     blocks = [live[start : start + block] for start in range(0, len(live), block)]
-    room = [int(part.sum()) * outputs for part in blocks]
-    sizes = [len(part) * outputs for part in blocks]
+    room = [min(most, int(part.sum())) * outputs for part in blocks]
+    sizes = [min(most, len(part)) * outputs for part in blocks]
     kept = min(kept, sum(room))
     shares = []
     for position, size in enumerate(sizes):
@@ -201,27 +235,38 @@ def block_budgets(live: Tensor, outputs: int, block: int, kept: int) -> list[int
     return shares
 
 
-def sweep(H: Tensor, W: Tensor, block: int, budget: list[int] | None = None, mask: Tensor | None = None) -> Tensor:
+def sweep(
+    H: Tensor,
+    W: Tensor,
+    block: int,
+    budget: list[int] | None = None,
+    mask: Tensor | None = None,
+    pattern: Pattern = UNSTRUCTURED,
+    together: int | None = None,
+) -> Tensor:
     """SparseGPT's sweep over the inputs of ``W`` (N, M), with the Gram matrix ``H`` (N, N), damped.
 
     ``U^T U = H^-1`` with ``U`` upper triangular. With the inputs before ``i`` settled, row ``i`` of ``U``, times ``U_ii``, is row ``i`` of
-    the inverse of what is left of ``H``: so one factor serves every step and every output. Exactly one of ``budget`` (weights that each
-    block keeps) and ``mask`` (N, M) is given.
+    the inverse of what is left of ``H``: so one factor serves every step and every output. Exactly one of ``budget`` and ``mask`` (N, M) is
+    given. ``budget`` says how many weights each group of ``together`` inputs keeps (a divisor of ``block``, by default all of it), chosen
+    within ``pattern`` when the group's first input is reached.
     """
     if (budget is None) == (mask is None):
         raise ValueError("sweep: give exactly one of budget and mask")
+    together = together or block
+    if block % together:
+        raise ValueError(f"sweep: together ({together}) must divide block ({block})")
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
     W = W.clone()
-    for number, start in enumerate(range(0, len(W), block)):
+    for start in range(0, len(W), block):
         end = min(start + block, len(W))
         V, factor = W[start:end], U[start:end, start:end]
-        if budget is not None:
-            stay = largest_mask(V / factor.diagonal()[:, None], budget[number])
-        else:
-            assert mask is not None
-            stay = mask[start:end]
+        stay = torch.ones_like(V, dtype=torch.bool) if mask is None else mask[start:end]
         moved = torch.zeros_like(V)
         for i in range(end - start):
+            if budget is not None and i % together == 0:
+                group = slice(i, i + together)
+                stay[group] = pattern.mask(V[group] / factor.diagonal()[group, None], budget[(start + i) // together])
             torch.div(V[i].masked_fill(stay[i], 0.0), factor[i, i], out=moved[i])
             V[i + 1 :].addr_(factor[i, i + 1 :], moved[i], alpha=-1)
         V.mul_(stay)

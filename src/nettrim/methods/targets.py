@@ -1,4 +1,4 @@
-"""Targets that are a number or a mapping from layer name (or ``re:pattern``) to number."""
+"""Targets that are a number or a mapping from layer name (or ``re:pattern``) to number, and what they leave of a layer's weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
+from ..patterns import Pattern
 from ..status import InvalidInput
 
 T = TypeVar("T")
@@ -54,3 +55,31 @@ def lookup(mapping: Mapping[str, T], layer: str) -> T | None:
 def kept_weights(count: int, sparsity: float) -> int:
     """How many of ``count`` weights stay: the nearest whole number to ``(1 - sparsity) * count``."""
     return round((1 - sparsity) * count)
+
+
+def weights_kept(method: str, pattern: Pattern, sparsity: float | None, layer: str, N: int, M: int) -> int:
+    """How many of the weights (N, M) of a program of a layer may stay; with ``None``, as many as the pattern admits.
+
+    Raises:
+        InvalidInput: the pattern keeps whole groups, and none is as small as what should stay: nothing would be left of the layer.
+    """
+    if sparsity is None:
+        return N * M
+    kept = kept_weights(N * M, sparsity)
+    _check_room(method, pattern, layer, kept, N, M)
+    return kept
+
+
+def check_room(method: str, pattern: Pattern, sparsity: float, layer: str, N: int, M: int, groups: int) -> None:
+    """Refuses beforehand what :func:`weights_kept` would refuse of a layer (N, M), whose convolution groups share its count evenly."""
+    _check_room(method, pattern, layer, kept_weights(N * M, sparsity) // groups, N, M // groups)
+
+
+def _check_room(method: str, pattern: Pattern, layer: str, kept: int, N: int, M: int) -> None:
+    least = pattern.least(N, M)
+    if 0 < kept < least:
+        raise InvalidInput(
+            f"{method}: layer {layer!r}: its sparsity leaves {kept} of {N * M} weights, less than the smallest group of pattern "
+            f"{pattern.name!r} ({least} weights), so nothing would stay (of a grouped convolution, each group is patterned by itself); "
+            "lower its sparsity, choose smaller groups, or leave the layer out with ignore="
+        )

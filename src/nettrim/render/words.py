@@ -116,7 +116,7 @@ def _layer_words(certificate: Certificate) -> list[str]:
     ]
     if against:
         words.append(
-            f"These activations were stated by the user against what the model's graph shows, so no bound of the network passes through "
+            f"These readings were stated by the user against what the model's graph shows, so no bound of the network passes through "
             f"their layers: {listed(against)}."
         )
     sampled = [layer for layer in certificate.layers if layer.rows < layer.rows_total]

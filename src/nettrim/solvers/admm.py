@@ -50,10 +50,10 @@ class GramADMM:
         self.block = max(64, min(P, BLOCK_ENTRIES // max(M, 1)))
         self.work = program.lo.new_empty(min(self.block, P), M)
 
-    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        P = len(self.program.lo)
-        for start in range(0, P, self.block):
-            rows = slice(start, min(P, start + self.block))
+    def _blocks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        last = len(self.program.lo) if last is None else last
+        for start in range(first, last, self.block):
+            rows = slice(start, min(last, start + self.block))
             yield rows, self.work[: rows.stop - rows.start]
 
     def _nearest(self, B: Tensor, rows: slice, out: Tensor) -> Tensor:
@@ -79,20 +79,29 @@ class GramADMM:
             right.add_(p.U0, alpha=ridge)
         return p.vectors @ ((p.vectors.T @ right) / (p.values + (ridge + beta))[:, None])
 
-    def refresh(self) -> float:
-        """Moves the majorised target to the nearest point of the present sparse weights; returns their distance."""
+    def refresh(self, part: int = 0, parts: int = 1) -> float:
+        """Moves the majorised target to the nearest point of the present sparse weights; returns their distance.
+
+        With ``parts`` above 1 only that run of rows is looked at and stands for all: the gradient of the majoriser,
+        ``G D - A^T (Z - T)`` (inputs are centred), is then estimated, and the distance with it. Rows should be in random order.
+        """
         p = self.program
-        self.cross.zero_()
+        P = len(p.lo)
+        first, last = part * P // parts, (part + 1) * P // parts
+        weight = P / max(last - first, 1)
+        torch.mm(p.gram, self.D, out=self.cross)
         total = None if self.c is None else torch.zeros_like(self.c)
         square = p.lo.new_zeros((), dtype=torch.float64)
-        for rows, T in self._blocks():
+        for rows, T in self._blocks(first, last):
             Z = p.response(self.D, self.c, rows)
-            self._nearest(Z, rows, T)
-            self._gather(T, rows, total)
-            square += torch.linalg.vector_norm(Z.sub_(T)).double().square()
-        if total is not None:
-            self.c = total / p.e_square
-        return float(square.sqrt())
+            residual = Z.sub_(self._nearest(Z, rows, T))
+            self.cross.addmm_(p.A[rows].T, residual, alpha=-weight)
+            if total is not None and p.e is not None:
+                total += p.e[rows] @ residual
+            square += torch.linalg.vector_norm(residual).double().square()
+        if self.c is not None and total is not None:
+            self.c = self.c - total * (weight / p.e_square)
+        return float((square * weight).sqrt())
 
     def majorised_step(self, prox: Prox, beta: float, ridge: float) -> None:
         """One iteration against the target of the last :meth:`refresh` (no over-relaxation: the penalty is not convex)."""

@@ -10,13 +10,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..patterns import UNSTRUCTURED, Pattern
 from ..program import StandardProgram
-from ..prox import largest_mask
 from ..solution import Watch
 from .admm import GramADMM
 from .polish import polish
 
 CHECK_EVERY = 3  # as in ALPS: the support is compared every three iterations
+MOST_PARTS = 8  # an iteration looks at an eighth of the rows at least,
+LEAST_ROWS, ROWS_PER_INPUT = 500, 3  # and at so many rows, in all and for each input: fewer are fitted one part after the other
+FALLS, PATIENCE, NEARLY_STILL = 0.9, 5, 0.1  # so many checks without such a fall of a small change: what is left is noise of the parts
+POLISH_STEPS, POLISH_GAIN = 6, 1e-3  # the loop ends near the polished weights: more of it gains less than this
 TRY_ALL = 32  # weights up to which the penalised program tries every count
 
 
@@ -53,41 +57,51 @@ def within_budget(
     max_iterations: int = 300,
     polish_rounds: int = 6,
     schedule: Schedule = CAREFUL,
+    pattern: Pattern = UNSTRUCTURED,
     watch: Watch | None = None,
 ) -> L0Result:
-    """``min dist(A W + e b^T, [lo, hi])  subject to  ||W||_0 <= k`` (design section 3).
+    """``min dist(A W + e b^T, [lo, hi])  subject to  ||W||_0 <= k, W in the pattern`` (design section 3).
 
-    ADMM on the majorised distance with a penalty that grows as the support settles, from a small ``ridge`` towards the original weights
-    (in units of the mean diagonal of the Gram matrix, which is 1), then the polish on the support that was found.
+    ADMM on the majorised distance, whose gradient is taken from a part of the rows in each iteration where there are many, with a
+    penalty that grows as the support settles, from a small ``ridge`` towards the original weights (in units of the mean diagonal of the Gram matrix, which is 1), then the polish on the support that was found.
     """
     p = program
-    k = min(k, p.U0.numel())
+    k = min(k, pattern.capacity(p.live, p.U0.shape[1]))
     loop = GramADMM(p, p.U0)
-    mask = largest_mask(p.U0, k)
+    parts = row_parts(p)
+    mask = pattern.mask(p.U0, k, p.live)
     loop.D = p.U0 * mask
     beta, iteration, settled = schedule.start, 0, False
 
     def keep(V: Tensor) -> Tensor:
         nonlocal mask
-        mask = largest_mask(V, k)
+        mask = pattern.mask(V, k, p.live)
         return V * mask
 
-    previous = mask
+    previous, least, stale = mask, 1.0, 0
     while iteration < max_iterations and not settled:
+        reached = loop.refresh(iteration % parts, parts)
         iteration += 1
-        reached = loop.refresh()
         loop.majorised_step(keep, beta, ridge)
         if iteration % CHECK_EVERY == 0:
             changed = int((mask & ~previous).sum()) / max(k, 1)
             previous = mask
             factor = next(growth for share, growth in schedule.growth if changed > share or share == 0.0)
-            settled = changed == 0.0
+            stale = 0 if changed < FALLS * least else stale + 1
+            least = min(least, changed)
+            settled = changed == 0.0 or (parts > 1 and stale >= PATIENCE and least < NEARLY_STILL)
             beta *= factor
             loop.V /= factor  # the multiplier itself stays
             if watch is not None:
                 watch(iteration, math.hypot(reached, math.sqrt(p.unreachable)), k / max(p.source.weights.numel(), 1))
-    U, c, distance = polish(p, loop.D, loop.c, support=mask, rounds=polish_rounds)
+    U, c, distance = polish(p, loop.D, loop.c, support=mask, rounds=polish_rounds, steps=POLISH_STEPS, tolerance=POLISH_GAIN)
     return L0Result(U, c, k, distance, iteration, settled)
+
+
+def row_parts(program: StandardProgram) -> int:
+    """Into how many parts the rows are split, of which each iteration looks at one: 1 where their order is not random."""
+    P, N = program.A.shape
+    return 1 if not program.shuffled else max(1, min(MOST_PARTS, P // max(LEAST_ROWS, ROWS_PER_INPUT * N)))
 
 
 def within_tolerance(
@@ -97,20 +111,22 @@ def within_tolerance(
     ridge: float = 0.01,
     max_iterations: int = 300,
     precision: float = 0.005,
+    pattern: Pattern = UNSTRUCTURED,
     watch: Watch | None = None,
 ) -> L0Result | None:
     """The smallest budget found whose polished weights, as stored, stay within ``epsilon``.
 
     A bracketing secant search on ``log distance`` against ``log k``; it ends when the bracket is narrower than ``precision`` of ``k``
-    or the distance is within ``precision`` below ``epsilon``. ``None`` when even every weight leaves a larger distance.
+    or the distance is within ``precision`` below ``epsilon``; budgets of a pattern of whole groups count down to one group. ``None`` when
+    even every weight of the pattern leaves a larger distance.
     """
     p = program
-    full = p.U0.numel()
+    full, unit = pattern.capacity(p.live, p.U0.shape[1]), pattern.unit(*p.source.weights.shape)
     iterations = 0
 
     def solve(k: int) -> tuple[L0Result, float]:
         nonlocal iterations
-        result = within_budget(p, k, ridge=ridge, max_iterations=max_iterations, schedule=BRISK, watch=watch)
+        result = within_budget(p, k, ridge=ridge, max_iterations=max_iterations, schedule=BRISK, pattern=pattern, watch=watch)
         iterations += result.iterations
         # what counts is the distance of the weights as they are stored
         return result, p.source.distance(*p.restore(result.U, result.c))
@@ -122,7 +138,7 @@ def within_tolerance(
     best: L0Result | None = None
     high, high_value = full + 1, 0.0
     k = max(1, full // 4)
-    while high - low > max(1, int(precision * high)):
+    while high - low > max(1 if best is None else unit, int(precision * high)):
         result, value = solve(k)
         if value <= epsilon:
             best, high, high_value = result, k, value
@@ -154,27 +170,34 @@ def _next_budget(low: int, low_value: float, high: int, high_value: float, epsil
 
 
 def penalised(
-    program: StandardProgram, penalty: float, *, ridge: float = 0.01, max_iterations: int = 300, watch: Watch | None = None
+    program: StandardProgram,
+    penalty: float,
+    *,
+    ridge: float = 0.01,
+    max_iterations: int = 300,
+    pattern: Pattern = UNSTRUCTURED,
+    watch: Watch | None = None,
 ) -> L0Result:
     """``min 1/2 dist(A W + e b^T, [lo, hi])^2 + penalty ||W||_0``, as the best budget found by a golden-section search over ``log k``
     (over every ``k`` in tiny layers)."""
     p = program
+    full, unit = pattern.capacity(p.live, p.U0.shape[1]), pattern.unit(*p.source.weights.shape)
     solved: dict[int, tuple[float, L0Result]] = {}
 
     def value(k: int) -> float:
         if k not in solved:
-            result = within_budget(p, k, ridge=ridge, max_iterations=max_iterations, schedule=BRISK, watch=watch)
+            result = within_budget(p, k, ridge=ridge, max_iterations=max_iterations, schedule=BRISK, pattern=pattern, watch=watch)
             nonzeros = int((result.U != 0).sum())
             solved[k] = (result.distance**2 / 2 + penalty * nonzeros, result)
         return solved[k][0]
 
     value(0)
-    if p.U0.numel() <= TRY_ALL:  # the search below skips counts, which matters when there are few
+    if full <= TRY_ALL * unit:  # the search below skips counts, which matters when there are few
         low, high = 0.0, 0.0
-        for k in range(1, p.U0.numel() + 1):
+        for k in (*range(unit, full, unit), full):
             value(k)
     else:
-        low, high = 0.0, math.log(p.U0.numel())
+        low, high = math.log(unit), math.log(full)
     golden = (math.sqrt(5) - 1) / 2
     while high - low > 0.02:
         left, right = high - golden * (high - low), low + golden * (high - low)

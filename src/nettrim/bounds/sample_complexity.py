@@ -8,8 +8,8 @@ from typing import Any, SupportsIndex
 from scipy.optimize import minimize_scalar
 from scipy.special import ndtr
 
-from .recovery import finite_number
-from .status import InvalidInput
+from ..recovery import finite_number
+from ..status import InvalidInput
 
 
 def samples_for_recovery(N: int, s: int, *, probability: float | None = None, mu: float | None = None) -> int:

@@ -1,0 +1,385 @@
+"""``compare``: the methods side by side on one model and its data; data only, no presentation (``render`` makes the table and picture)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from . import calibration as data
+from .attention import opened
+from .calibration import Batches, Calibration
+from .capture import Replica, device_of, hashes, random_state_kept, replicate
+from .checkpoint import check_writable
+from .experiments.journal import Journal
+from .methods import OBS, LinearADMM, Magnitude, Method, NetTrim, Random, SparseGPT, Wanda
+from .preimage import Activation
+from .progress import Silent
+from .pruning import MAX_SAMPLES, prune
+from .records import build
+from .selection import select
+from .status import InvalidInput
+from .verification import check_heldout, versions
+
+ALL = "all"
+JOURNAL = "compare.jsonl"
+SPARSITIES = (0.5, 0.7, 0.9)
+METHODS: dict[str, Callable[..., Method]] = {
+    "NetTrim": NetTrim,
+    "Magnitude": Magnitude,
+    "Random": Random,
+    "Wanda": Wanda,
+    "OBS": OBS,
+    "SparseGPT": SparseGPT,
+    "LinearADMM": LinearADMM,
+}
+
+Advance = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """One method at one sparsity. ``density`` and ``densities`` (by layer) are shares of weights that are not zero.
+
+    ``discrepancy`` is ``||X_hat - X||_F / ||X||_F`` of the network's outputs on the data that were measured on, ``calibration_discrepancy``
+    the same on the calibration data, in float64, and ``bound`` its proven upper bound (``None`` where there is none). ``agreement`` is the
+    share of samples whose predicted class stayed, ``accuracy`` that of right classes (``None`` without classes, or without labels).
+    ``seconds`` is the time of ``prune``, its certificate included.
+    """
+
+    method: str
+    sparsity: float | None
+    pattern: str | None
+    density: float
+    densities: dict[str, float]
+    accuracy: float | None
+    agreement: float | None
+    discrepancy: float
+    calibration_discrepancy: float
+    bound: float | None
+    holds: bool
+    seconds: float
+
+    @property
+    def label(self) -> str:
+        """Method and pattern."""
+        return self.method if self.pattern is None else f"{self.method} {self.pattern}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All runs, in the order of methods and sparsities; ``accuracy`` is the reference network's own.
+
+    ``measured_on`` is ``"heldout"`` or ``"calibration"``, with ``samples`` samples; ``metric`` names the number by which networks are
+    compared: ``"accuracy"`` where labels were given, otherwise ``"agreement"``, or ``"discrepancy"`` where outputs are no classes.
+    """
+
+    runs: tuple[ComparedRun, ...]
+    accuracy: float | None
+    metric: str
+    measured_on: str
+    samples: int
+    calibration_samples: int
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data for JSON."""
+        return asdict(self) | {"runs": [asdict(run) for run in self.runs]}
+
+    def __str__(self) -> str:
+        from .render.compare_table import compare_text  # presentation stays in render
+
+        return compare_text(self)
+
+
+def methods_named(names: str | Sequence[str]) -> list[str]:
+    """Names of ``METHODS`` for names in any case; ``"all"`` stands for all of them.
+
+    Raises:
+        InvalidInput: a name that is not known; the message gives the nearest one. Or no name.
+    """
+    given = [names] if isinstance(names, str) else list(names)
+    if not given:
+        raise InvalidInput(f"compare: name at least one method of {', '.join(METHODS)}, or {ALL!r}")
+    known = {name.lower(): name for name in METHODS}
+    found: list[str] = []
+    for name in given:
+        key = str(name).lower()
+        if key == ALL:
+            found += METHODS
+        elif key in known:
+            found.append(known[key])
+        else:
+            near = get_close_matches(key, [*known, ALL], n=1, cutoff=0.0)[0]
+            raise InvalidInput(f"method {name!r} is not known; the nearest is {known.get(near, ALL)!r} (methods: {', '.join(METHODS)})")
+    return list(dict.fromkeys(found))
+
+
+def first_samples(batches: Batches, count: int) -> list[Any]:
+    """The first ``count`` samples, in batches as they come; labels with them.
+
+    Raises:
+        InvalidInput: there are fewer.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise InvalidInput(f"samples must be a whole number of at least 1, found {count!r}")
+    found: list[Any] = []
+    left = count
+    for batch in Calibration(batches):
+        held = data.samples(batch)
+        found.append(batch if held <= left else _cut(batch, left, held))
+        left -= min(held, left)
+        if not left:
+            return found
+    raise InvalidInput(f"samples: {count} were asked for, the calibration data hold {count - left}; ask for fewer, or leave it out")
+
+
+def _cut(batch: Any, count: int, held: int) -> Any:
+    """The first ``count`` of the ``held`` samples of a batch."""
+    if isinstance(batch, torch.Tensor):
+        return batch[:count] if batch.ndim and len(batch) == held else batch
+    if isinstance(batch, Mapping):
+        return {key: _cut(value, count, held) for key, value in batch.items()}
+    return tuple(_cut(value, count, held) for value in batch) if isinstance(batch, (tuple, list)) else batch
+
+
+def compare(
+    model: nn.Module,
+    calibration: Batches,
+    *,
+    methods: str | Sequence[str] = ALL,
+    sparsities: Sequence[float] | None = None,
+    pattern: str | None = None,
+    heldout: Batches | None = None,
+    scheme: Literal["cascade", "parallel"] = "cascade",
+    layers: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    activations: Mapping[str, str | Activation] | None = None,
+    max_samples: int = MAX_SAMPLES,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    folder: str | Path | None = None,
+    resume: bool = True,
+    progress: bool | Advance = True,
+) -> Comparison:
+    """Prunes a model with every method at every sparsity and measures what each leaves. ``model`` is left unchanged.
+
+    Args:
+        model: as for :func:`nettrim.prune`.
+        calibration: as for :func:`nettrim.prune`; every method sees the same.
+        methods: ``"all"``, or names of methods in any case.
+        sparsities: fractions of zeros, in [0, 1); by default 0.5, 0.7 and 0.9, and with a pattern what that leaves.
+        pattern: which sets of weights may stay (``"2:4"``), for all methods.
+        heldout: what is measured on, with labels for accuracy; by default the calibration data.
+        scheme, layers, ignore, activations, max_samples, device: as for :func:`nettrim.prune`.
+        seed: of the pruning runs, and of Random.
+        folder: where each result is kept as soon as it is there, in a file from which an interrupted comparison continues, and which a
+            later one with more methods or sparsities adds to.
+        resume: ``False`` begins that file anew.
+        progress: ``True`` shows a bar on a terminal and lines elsewhere; or a function of (done, total, what).
+
+    Raises:
+        InvalidInput: anything that cannot be used, before any work is done; a folder that belongs to another model, other data or settings.
+    """
+    names = methods_named(methods)
+    wanted = _runs(names, sparsities, pattern, seed)
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"model must be an nn.Module, found {type(model).__name__}")
+    chosen = select(opened(model), layers, ignore, model)
+    place = device_of(model, device)
+    batches = Calibration(calibration)
+    unseen = None if heldout is None else Calibration(heldout, "heldout")
+    measured = batches if unseen is None else unseen
+    with random_state_kept(place), _counted(progress) as advance:
+        reference = replicate(model, place, None)
+        try:
+            dense = _measure(reference, reference, measured)
+            if unseen is not None:
+                check_heldout(reference, unseen, batches)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if isinstance(error, InvalidInput):
+                raise
+            raise InvalidInput(f"{measured.what}: the model cannot run on it: {str(error).splitlines()[0]}") from error
+        settings = {
+            "scheme": scheme,
+            "layers": chosen,
+            "activations": {name: getattr(value, "name", value) for name, value in (activations or {}).items()},
+            "max_samples": max_samples,
+            "seed": seed,
+        }
+        samples = sum(data.samples(batch) for batch in batches)
+        header = {
+            "comparison": settings,
+            "model": hashes(model),
+            "calibration": _data_hash(batches, labelled=unseen is None),
+            "heldout": None if unseen is None else _data_hash(unseen, labelled=True),
+            "versions": versions(),
+        }
+        journal = None if folder is None else Journal(check_writable(folder) / JOURNAL, header, resume=resume)
+        records: dict[str, dict[str, Any]] = {}
+
+        def solve(run: _Wanted, done: int) -> ComparedRun:
+            start = time.perf_counter()
+            result = prune(
+                model,
+                batches,
+                run.method,
+                scheme=scheme,
+                layers=layers,
+                ignore=ignore,
+                activations=activations,
+                max_samples=max_samples,
+                seed=seed,
+                device=device,
+                progress=_Forward(lambda what: advance(done, len(wanted), f"{run.words}{what}")),
+            )
+            seconds = time.perf_counter() - start
+            found = _measure(reference, replicate(result.model, place, None), measured)
+            network = result.certificate.network
+            return ComparedRun(
+                method=run.name,
+                sparsity=run.sparsity,
+                pattern=pattern,
+                density=result.report.density,
+                densities={layer.name: layer.density for layer in result.report.layers},
+                accuracy=found.accuracy,
+                agreement=found.agreement,
+                discrepancy=found.discrepancy,
+                calibration_discrepancy=_share(network.achieved, network.reference_norm),
+                bound=None if network.bound is None else _share(network.bound, network.reference_norm),
+                holds=result.certificate.holds,
+                seconds=seconds,
+            )
+
+        with nullcontext() if journal is None else journal:
+            for done, (key, run) in enumerate(wanted.items()):
+                advance(done, len(wanted), run.words)
+                record = None if journal is None else journal.records.get(key)
+                if record is None:
+                    record = asdict(solve(run, done))
+                    record = record if journal is None else journal.add(key, record)
+                records[key] = record
+        advance(len(wanted), len(wanted), "done")
+    return Comparison(
+        runs=tuple(build(ComparedRun, records[key], densities=dict(records[key]["densities"])) for key in wanted),
+        accuracy=dense.accuracy,
+        metric="accuracy" if dense.accuracy is not None else "agreement" if dense.agreement is not None else "discrepancy",
+        measured_on="calibration" if unseen is None else "heldout",
+        samples=dense.samples,
+        calibration_samples=samples,
+        settings=settings,
+    )
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    name: str
+    sparsity: float | None
+    method: Method
+    words: str
+
+
+def _runs(names: Sequence[str], sparsities: Sequence[float] | None, pattern: str | None, seed: int) -> dict[str, _Wanted]:
+    """Every method at every sparsity, by a key that holds all of its settings."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InvalidInput(f"seed must be a whole number of at least 0, found {seed!r}")
+    if sparsities is None:
+        sparsities = SPARSITIES if pattern is None else ()
+    elif isinstance(sparsities, (str, int, float)) or not len(sparsities):
+        raise InvalidInput(f"compare: sparsities must be a list of numbers in [0, 1), found {sparsities!r}")
+    found = {}
+    for name in names:
+        for sparsity in dict.fromkeys(sparsities or (None,)):
+            given: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
+            given |= {} if pattern is None else {"pattern": pattern}
+            given |= {"seed": seed} if name == "Random" else {}
+            method = METHODS[name](**given)
+            key = json.dumps({"method": name, **asdict(method)})  # type: ignore[call-overload]  # every method is a dataclass
+            words = " ".join(str(value) for value in (name, pattern, sparsity) if value is not None)
+            found[key] = _Wanted(name, sparsity, method, words)
+    return found
+
+
+@dataclass(frozen=True)
+class _Measured:
+    samples: int
+    accuracy: float | None
+    agreement: float | None
+    discrepancy: float
+
+
+def _measure(reference: Replica, pruned: Replica, batches: Calibration) -> _Measured:
+    """Accuracy, agreement and relative discrepancy of a network's outputs; scores that are not finite are never right."""
+    samples = same = right = labelled = 0
+    moved = size = 0.0
+    classes = True
+    for batch in batches:
+        before, after = (data.output_tensors(network.run(batch)) for network in (reference, pruned))
+        for key, Y in before.items():
+            moved += float((after[key].double() - Y.double()).square().sum())
+            size += float(Y.double().square().sum())
+        samples += data.samples(batch)
+        Y, X = next(iter(before.values())), next(iter(after.values()))
+        classes = classes and len(before) == 1 and Y.ndim == 2 and Y.shape[1] > 1
+        if classes:
+            finite = torch.isfinite(X).all(1)
+            same += int(((Y.argmax(1) == X.argmax(1)) & finite).sum())
+            truth = data.labels(batch)
+            if truth is not None and truth.shape == finite.shape:
+                labelled += len(truth)
+                right += int(((X.argmax(1) == truth.to(X.device)) & finite).sum())
+    if not math.isfinite(size) or size == 0:
+        raise InvalidInput(
+            f"{batches.what}: the reference network's outputs are {'all zero' if size == 0 else 'not finite'}; check its weights"
+        )
+    if not math.isfinite(moved):
+        raise InvalidInput(f"{batches.what}: the pruned network puts out NaN or inf; leave that method out, or use float32")
+    return _Measured(
+        samples,
+        right / samples if classes and labelled == samples else None,
+        same / samples if classes else None,
+        _share(math.sqrt(moved), math.sqrt(size)),
+    )
+
+
+def _share(value: float, norm: float) -> float:
+    return value / norm if norm > 0 else 0.0
+
+
+def _data_hash(batches: Calibration, *, labelled: bool) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        data.update_hash(digest, batch)
+        truth = data.labels(batch) if labelled else None
+        if truth is not None:
+            data.update_tensor(digest, truth)
+    return digest.hexdigest()
+
+
+class _Forward(Silent):
+    """Passes on which layer is being solved."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.tell = tell
+
+    def begin(self, name: str, index: int, count: int) -> None:
+        self.tell(f", layer {index + 1} of {count}")
+
+    def message(self, text: str) -> None:
+        self.tell(f", {text}")
+
+
+def _counted(progress: bool | Advance) -> Any:
+    from .render.counting import counted  # presentation stays in render
+
+    return counted(progress)

@@ -1,0 +1,56 @@
+"""How far a model can be opened without changing what it computes: checked on a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import calibration as data
+from .attention import opened
+from .capture import Replica, replicate
+
+HIDDEN = "nn.TransformerEncoderLayer is not looked into: taken apart, it computes something else on the first batch"
+OTHER = (
+    "attention taken apart computes something else than the model on the first batch (at padded places, say): what is reported and "
+    "certified speaks of the model as it computes without torch's fused path"
+)
+
+
+def how_opened(given: nn.Module, place: torch.device, batch: Any) -> tuple[bool, str]:
+    """Whether the encoder layers of ``given`` may be opened too, and a notice where opening changes what is computed."""
+    wide = opened(given)
+    if wide is given:
+        return True, ""
+    expected = _outputs(replicate(given, place, None), batch)
+    if expected is None or _agree(expected, wide, place, batch):  # what does not run is refused with the calibration data
+        return True, ""
+    return (False, HIDDEN) if _agree(expected, opened(given, encoders=False), place, batch) else (True, OTHER)
+
+
+def _outputs(replica: Replica, batch: Any) -> dict[str, torch.Tensor] | None:
+    try:
+        return dict(data.output_tensors(replica.run(batch)))
+    except Exception:  # a user's forward may raise anything
+        return None
+
+
+def _agree(expected: dict[str, torch.Tensor], model: nn.Module, place: torch.device, batch: Any) -> bool:
+    """Whether ``model`` gives the outputs expected, up to what the order of sums changes."""
+    replica = replicate(model, place, None)
+    found = _outputs(replica, batch)
+    return (
+        found is not None
+        and found.keys() == expected.keys()
+        and all(
+            Y.shape == found[key].shape
+            and bool(
+                torch.allclose(
+                    found[key], Y, rtol=0.0, atol=1e4 * replica.precision * float(Y.abs().nan_to_num(0, 0).max()), equal_nan=True
+                )
+            )
+            for key, Y in expected.items()
+            if Y.numel()
+        )
+    )
