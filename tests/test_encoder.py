@@ -47,7 +47,11 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def in_words(settings: dict[str, Any]) -> str:
+    return " ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in settings.items()) or "default"
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=in_words)
 @pytest.mark.parametrize("masked", [False, True])
 def test_steps_compute_what_the_layer_computes(settings: dict[str, Any], masked: bool) -> None:
     given = layer(dtype=F64, **settings)

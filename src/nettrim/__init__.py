@@ -1,32 +1,39 @@
 """nettrim: prunes trained networks layer by layer, with a guarantee that anyone can recompute."""
 
+from .alternating import Alternated, alternate
 from .bound_network import GapBound, NetworkBounds, network_bounds
 from .certificate import Certificate
 from .checkpoint import load
 from .compare import ComparedRun, Comparison, compare
+from .deploy import Compacted, compact
 from .distill import Distilled, distill
 from .finetune import keep_zeros
-from .methods import OBS, LinearADMM, Magnitude, NetTrim, Random, SparseGPT, Wanda
+from .methods import LOBS, OBS, LinearADMM, Magnitude, NetTrim, Random, SparseGPT, Wanda
 from .pruning import PruneResult, prune
 from .recertify import recertify
 from .report import LayerReport, PruneReport
 from .status import CertificateError, InvalidInput, NetTrimError, NothingToPrune, Status, UnknownLayer
+from .trimming import NetworkTrimming, Trimmed, trim
 from .verify import verify
 
 __all__ = [  # noqa: RUF022 (plain order)
+    "Alternated",
     "Certificate",
     "CertificateError",
+    "Compacted",
     "ComparedRun",
     "Comparison",
     "Distilled",
     "GapBound",
     "InvalidInput",
+    "LOBS",
     "LayerReport",
     "LinearADMM",
     "Magnitude",
     "NetTrim",
     "NetTrimError",
     "NetworkBounds",
+    "NetworkTrimming",
     "NothingToPrune",
     "OBS",
     "PruneReport",
@@ -34,8 +41,11 @@ __all__ = [  # noqa: RUF022 (plain order)
     "Random",
     "SparseGPT",
     "Status",
+    "Trimmed",
     "UnknownLayer",
     "Wanda",
+    "alternate",
+    "compact",
     "compare",
     "distill",
     "keep_zeros",
@@ -43,5 +53,6 @@ __all__ = [  # noqa: RUF022 (plain order)
     "network_bounds",
     "prune",
     "recertify",
+    "trim",
     "verify",
 ]

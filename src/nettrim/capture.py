@@ -383,6 +383,7 @@ def layer_task(
     seed: int,
     correction: float = 1.0,
     dtype: torch.dtype,
+    importance: Tensor | None = None,
 ) -> LayerTask:
     """The programs of one layer: inputs from ``pruned`` (cascade) or, when that is ``None``, from ``reference`` (parallel).
 
@@ -391,6 +392,7 @@ def layer_task(
     """
     unit = reference.units([name])[name]
     selection = selection_for(unit, found.rows[name], max_samples, seed)
+    standing = unit if pruned is None else pruned.units([name])[name]  # its offset may have changed in an earlier sweep
     task = TaskBuilder(unit, selection.count, dtype, name)
     start = 0
     for batch in batches:
@@ -399,12 +401,12 @@ def layer_task(
         for before, own in paired(name, expected, given):
             lo, hi, Y = unit.target(before, own if correction < 1 and pruned is not None else None, correction)
             rows = selection.within(start, len(Y))
-            shift = unit.shift(own)
+            shift = standing.shift(own)
             if shift is not None:
                 lo, hi = lo - shift, hi - shift
             task.add(unit.view.rows(own.x, rows), lo[rows], hi[rows], Y[rows])
             start += len(Y)
-    return task.build()
+    return task.build(importance)
 
 
 def paired(name: str, before: Sequence[Call], after: Sequence[Call]) -> Iterator[tuple[Call, Call]]:

@@ -114,7 +114,7 @@ def methods_named(names: str | Sequence[str]) -> list[str]:
     known = {name.lower(): name for name in METHODS}
     found: list[str] = []
     for name in given:
-        key = str(name).lower()
+        key = str(name).lower().replace("-", "")
         if key == ALL:
             found += METHODS
         elif key in known:

@@ -17,6 +17,7 @@ from .fold import Fold
 from .preimage import Activation, nearest_point
 from .status import InvalidInput
 
+LEAST_IMPORTANCE = 1e-3  # of the mean: outputs that seem to count for nothing on these data still have to be near
 CUT = 1e-13  # eigenvalues of a Gram matrix below this share of the largest are rounding
 
 
@@ -29,8 +30,9 @@ class LayerProgram:
     stands for, ``unreachable`` the squared distance that no weights can remove (compressed programs only), ``dtype`` the dtype
     in which the layer stores its weights. In a ``hard`` program only points may be missed: every other box is a constraint (the published
     program, :mod:`nettrim.halfspace`). ``name`` is the layer's, for settings that differ by layer. ``fold`` is
-    the batch-norm that ``weights`` and ``bias`` have taken in, if any. ``rounding`` times the squared distance from ``weights`` is what
-    compression can have lost of a squared distance, to second order; it is added to what is stated.
+    the batch-norm that ``weights`` and ``bias`` have taken in, if any. ``importance`` (M,) says how much a squared error of each output
+    counts for the network's outputs, where that is known; no distance that is stated contains it. ``rounding`` times the squared
+    distance from ``weights`` is what compression can have lost of a squared distance, to second order; it is added to what is stated.
     """
 
     inputs: Tensor
@@ -47,6 +49,7 @@ class LayerProgram:
     name: str = ""
     fold: Fold | None = None
     rounding: float = 0.0
+    importance: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.inputs.ndim != 2 or self.weights.ndim != 2:
@@ -255,7 +258,7 @@ class StandardProgram:
     ``A`` (P, n) has columns orthogonal to ``e``, of unit norm on average (each of them when ``standardise`` had ``power`` 1);
     ``U = scale * W`` on the live inputs; ``Z = A U + e c^T``. ``values`` and ``vectors`` are the eigendecomposition of the Gram matrix
     ``A^T A``, which serves every penalty value. ``hard`` (P, M) marks the boxes that are constraints, ``None`` when there are none.
-    ``shuffled``: rows are in random order.
+    ``shuffled``: rows are in random order. ``columns`` (M,) multiplies every output, so that ``U = scale * W * columns`` then.
     """
 
     A: Tensor
@@ -274,6 +277,7 @@ class StandardProgram:
     source: LayerProgram
     hard: Tensor | None = None
     shuffled: bool = False
+    columns: Tensor | None = None
 
     @property
     def e_square(self) -> float:
@@ -305,6 +309,9 @@ class StandardProgram:
         N = self.source.shape[1]
         W = U.new_zeros(N, U.shape[1], dtype=torch.float64)
         W[self.live] = U.double() / self.scale[:, None]
+        if self.columns is not None:
+            W /= self.columns
+            c = None if c is None else c.double() / self.columns
         W, _ = self.source.stored(W, None)
         if c is None:
             return W, None
@@ -313,9 +320,12 @@ class StandardProgram:
 
     def enter(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The reverse of :meth:`restore`: weights and bias of the layer in the solvers' coordinates."""
-        U = (W.double()[self.live] * self.scale[:, None]).to(self.A.dtype)
-        c = None if b is None else (b.double() + self.mean @ W.double()).to(self.A.dtype)
-        return U, c
+        U = W.double()[self.live] * self.scale[:, None]
+        c = None if b is None else b.double() + self.mean @ W.double()
+        if self.columns is not None:
+            U *= self.columns
+            c = None if c is None else c * self.columns
+        return U.to(self.A.dtype), None if c is None else c.to(self.A.dtype)
 
 
 def _live(scale: Tensor, norm: Tensor) -> Tensor:
@@ -335,7 +345,13 @@ def dead_inputs(program: LayerProgram) -> int:
 
 
 def standardise(
-    program: LayerProgram, dtype: torch.dtype | None = None, *, power: float = 1.0, ridge: float = 0.0, shuffled: bool = False
+    program: LayerProgram,
+    dtype: torch.dtype | None = None,
+    *,
+    power: float = 1.0,
+    ridge: float = 0.0,
+    shuffled: bool = False,
+    weighted: bool = False,
 ) -> StandardProgram:
     """Eliminates the bias, scales the inputs, removes the dead ones and decomposes the Gram matrix (design section 3).
 
@@ -345,7 +361,8 @@ def standardise(
     ``ridge`` adds that share of the mean diagonal of the Gram matrix (dead inputs left out) times ``||W - W0||_F^2`` to the squared
     distance, as further rows: it keeps weights of inputs that hardly vary on the calibration data, and may vary elsewhere, from
     growing. Distances of ``source`` do not contain it. ``shuffled`` puts the rows in an order that is random and always the same, so
-    that any run of them is a fair sample.
+    that any run of them is a fair sample. ``weighted`` multiplies outputs by the root of their importance (of mean square 1, and never
+    below a thirtieth), where the program knows it.
     """
     dtype = dtype or (torch.float64 if program.dtype == torch.float64 else torch.float32)
     A, e = program.inputs, program.bias_column
@@ -374,6 +391,10 @@ def standardise(
     if shuffled:
         order = torch.randperm(len(A), generator=torch.Generator().manual_seed(0)).to(A.device)
         A, lo, hi, e = A[order], lo[order], hi[order], None if e is None else e[order]
+    columns = None
+    if weighted and program.importance is not None:
+        columns = (program.importance / program.importance.mean()).clamp(min=LEAST_IMPORTANCE).sqrt()
+        lo, hi = lo * columns, hi * columns
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2) if len(scale) else (scale, gram)
     standard = StandardProgram(
         A=A.to(dtype),
@@ -392,6 +413,7 @@ def standardise(
         source=program,
         hard=lo != hi if program.hard and not program.is_point else None,
         shuffled=shuffled,
+        columns=columns,
     )
     U0, c0 = standard.enter(program.weights, program.bias)
     return replace(standard, U0=U0, c0=c0)

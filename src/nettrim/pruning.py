@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -14,39 +13,30 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from . import schemes
-from .attention import closed, in_attention, opened
+from .allocation import check_allocation
+from .attention import closed, opened
 from .calibration import Batches, Calibration
 from .capture import (
-    Replica,
     Scan,
     device_of,
-    hashes,
-    layer_task,
     random_state_kept,
     read_graph,
     reference_replica,
-    replicate,
     scan,
 )
 from .certificate import Certificate
 from .corrections import Parts, corrected_graph, corrections_of
-from .graph import Graph
-from .layers import LayerView, can_take_bias, view
-from .layers import add_bias as give_bias
+from .layers import view
 from .methods import Method
 from .methods.targets import check_room
 from .opening import how_opened
 from .preimage import Activation
-from .program import LayerProgram
 from .progress import Observer, observer
-from .report import LayerReport, PruneReport
+from .report import PruneReport
+from .run import Run
 from .selection import resolve, select
-from .solution import Solution
-from .status import InvalidInput, NothingToPrune, Status
-from .tasks import LayerTask
-from .units import unit_of
-from .verification import Claim, Setup, certify, certify_heldout, check_heldout
+from .status import InvalidInput, NothingToPrune
+from .verification import certify_heldout, check_heldout
 
 MAX_SAMPLES = 20_000
 
@@ -77,6 +67,9 @@ def prune(
     method: Method,
     *,
     scheme: Literal["cascade", "parallel"] = "cascade",
+    allocation: Literal["uniform", "global"] = "uniform",
+    target: Literal["parameters", "bytes", "macs"] = "parameters",
+    sweeps: int = 0,
     layers: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
     activations: Mapping[str, str | Activation] | None = None,
@@ -97,6 +90,12 @@ def prune(
             keyword inputs; or one tensor with samples along its first dimension.
         method: ``NetTrim(...)``, or one to measure against: ``Magnitude``, ``Random``, ``Wanda``, ``OBS``, ``SparseGPT``, ``LinearADMM``.
         scheme: ``"parallel"`` (every layer sees the reference network's inputs) or ``"cascade"`` (the pruned network's).
+        allocation: ``"uniform"`` gives every layer the method's target. ``"global"`` shares one sparsity out over all pruned layers so that
+            the network's outputs move least, from a curve of error against density measured for each layer (magnitude pruning: by one
+            threshold on all weights, as published). The report says what was decided.
+        target: with ``"global"``, what the sparsity is a fraction of: weights, their bytes, or multiply-adds of a sample.
+        sweeps: how often all layers are solved once more after a cascade for sparsities, with the importance of their outputs measured in
+            the pruned network. A sweep after which the outputs are not nearer to the reference's is undone, and is the last.
         layers: names of layers, names of modules that contain them, or ``re:pattern``; by default every Linear layer.
         ignore: the same, to leave out.
         activations: by layer name, the activation that follows (``"relu"``, ``"hardtanh(-1, 1)"``, ...), where the model's graph does not
@@ -134,6 +133,7 @@ def prune(
         raise InvalidInput(f"seed must be a whole number of at least 0, found {seed!r}")
     if scheme == "parallel" and method.needs_cascade:
         raise InvalidInput(f"{type(method).__name__}: {method.needs_cascade} speaks of the cascade; leave it out, or pass scheme='cascade'")
+    check_allocation(method, allocation, target, sweeps, scheme)
     given, model = model, opened(model)
     names = select(model, layers, ignore, given)
     for setting, value in method.layer_settings.items():
@@ -141,9 +141,9 @@ def prune(
             resolve(value, names, f"{type(method).__name__}.{setting}")
     modules = dict(model.named_modules())
     for name in names:
-        if method.kind == "sparsity" and (target := method.target(name)) is not None:
+        if method.kind == "sparsity" and (asked := method.target(name)) is not None:
             layer = view(name, modules[name])
-            check_room(type(method).__name__, method.chosen, target, name, *layer.shape, layer.groups)
+            check_room(type(method).__name__, method.chosen, asked, name, *layer.shape, layer.groups)
     corrections = corrections_of(readings or {}, activations or {}, names, modules)
     batches = Calibration(calibration)
     unseen = None if heldout is None else Calibration(heldout, "heldout")
@@ -162,10 +162,17 @@ def prune(
         corrections = {name: correction for name, correction in corrections.items() if name in wanted}
         graph = corrected_graph(reference, read_graph(reference, wanted, {}, first), corrections, first)
         notes = [*([opening] if opening else []), *([notice] if notice else []), *([graph.notice] if graph.notice else []), *notes]
-        run = _Run(model, method, scheme, batches, found, graph, reference, max_samples, seed, show)
+        run = Run(model, method, scheme, batches, found, graph, reference, max_samples, seed, show)
         if add_bias:
             notes += run.add_biases(wanted)
+        run.weigh(reference)
+        if allocation == "global":
+            run.allocate(wanted, target)
         run.solve(wanted)
+        for number in range(1, sweeps + 1):
+            if not run.sweep(wanted, number):
+                break
+        notes += run.notes
         show.message("certifying")
         certificate = run.certify(notice)
         if unseen is not None:
@@ -181,174 +188,11 @@ def prune(
         layers=tuple(run.reports),
         notes=tuple(notes),
         settings=_settings(method)
+        | ({"allocation": run.shares} if run.shares else {})
+        | ({"sweeps": sweeps} if sweeps else {})
         | {"max_samples": max_samples, "readings": {name: c.record() for name, c in corrections.items()}, "added_biases": run.added},
     )
     return PruneResult(closed(run.result, given), report, certificate)
-
-
-class _Run:
-    """One pruning run: the copies it works on and what it has reported so far."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        method: Method,
-        scheme: str,
-        batches: Calibration,
-        found: Scan,
-        graph: Graph,
-        reference: Replica,
-        max_samples: int,
-        seed: int,
-        show: Observer,
-    ) -> None:
-        self.method, self.scheme, self.batches, self.found, self.graph, self.reference = method, scheme, batches, found, graph, reference
-        self.max_samples, self.seed, self.show = max_samples, seed, show
-        self.original = model
-        self.result = copy.deepcopy(model)
-        self.result.zero_grad(set_to_none=True)  # gradients of the unpruned weights say nothing about the pruned ones
-        self.pruned = replicate(model, reference.device, reference.dtype)
-        self.reference.graph = self.pruned.graph = graph
-        self.reports: list[LayerReport] = []
-        self.claims: list[Claim] = []
-        self.added: list[str] = []
-        self.count = self.index = 0
-        self.begun = 0.0
-
-    def add_biases(self, names: Sequence[str]) -> list[str]:
-        """Gives layers without any home for an offset a bias of zero, in all copies; notes on those that must stay without."""
-        homeless = [name for name, unit in self.reference.units(names).items() if unit.bias() is None]
-        fits = {name: can_take_bias(self.result.get_submodule(name)) and not in_attention(self.result, name) for name in homeless}
-        self.added = [name for name in homeless if fits[name]]
-        for name in self.added:
-            for model in (self.result, self.reference.model, self.pruned.model):
-                give_bias(model.get_submodule(name))
-        return [f"{name}: it takes no bias (attention, or a forward of its own); pruned without" for name in homeless if not fits[name]]
-
-    def solve(self, names: Sequence[str]) -> None:
-        if not names:
-            raise NothingToPrune(f"{type(self.method).__name__}: no {self.method.kind} was given for any layer that the model calls")
-        self.count = len(names)
-        self.names = list(names)
-        if self.scheme == "parallel":
-            schemes.parallel(names, self._capture, self._solve, self._write)
-        else:
-            schemes.cascade(names, self.pruned, self._capture, self._solve, self._write)
-
-    def _layer(self, name: str) -> LayerView:
-        return view(name, dict(self.result.named_modules())[name])
-
-    def _capture(self, name: str, pruned: Replica | None) -> LayerTask:
-        self.begun = time.perf_counter()
-        self.show.begin(name, self.index, self.count)
-        return layer_task(
-            name,
-            self.reference,
-            pruned,
-            self.batches,
-            self.found,
-            max_samples=self.max_samples,
-            seed=self.seed,
-            correction=self.method.correction,
-            dtype=self._layer(name).dtype,
-        )
-
-    def _solve(self, name: str, task: LayerTask) -> Solution:
-        target = self.method.target(name)
-        assert target is not None
-
-        def watch(iteration: int, distance: float, density: float) -> None:
-            self.show.update(name, iteration, distance / max(task.reference_norm, 1e-300), density)
-
-        solution = task.solve(lambda program, own: _finite(self.method.solve(program, own, watch), program), self.method.kind, target)
-        self._report(name, task, solution, target)
-        return solution
-
-    def _write(self, name: str, solution: Solution) -> None:
-        reading = self.graph.readings[name]
-        for model in (self.result, self.pruned.model):
-            unit_of(name, dict(model.named_modules()), reading).write(solution.weights, solution.bias)
-        self.index += 1
-        self.show.end(self.reports[-1])
-
-    def _report(self, name: str, program: LayerTask, solution: Solution, target: float) -> None:
-        layer, reading = self._layer(name), self.graph.readings[name]
-        notes = list(solution.notes)
-        if not layer.weight.requires_grad:
-            notes.append(
-                "its weights are frozen (requires_grad=False); they were pruned all the same and stay frozen; use ignore= to leave them"
-            )
-        if name in self.added:
-            notes.append("it was given a bias (add_bias)")
-        calls = self.found.calls[name]
-        if calls > 1:
-            notes.append(f"called {calls} times in a pass: all calls count as rows of one program")
-            if self.scheme == "cascade":
-                notes.append("its later inputs depend on itself: the certificate checks its tolerance on the finished network")
-        if solution.inflation is not None:
-            notes.append(f"tolerance: {solution.inflation:.4g} times the distance of its original weights (gamma)")
-        if solution.violation is not None:
-            notes.append(f"the largest violation of its constraints off Omega is {solution.violation:.2g}")
-        if self.found.rows[name] > program.rows:
-            notes.append(f"{program.rows} of {self.found.rows[name]} rows were used (max_samples)")
-        later = sorted(self.graph.feeding(name, self.names[self.names.index(name) + 1 :])) if self.scheme == "cascade" else []
-        if later:
-            notes.append(
-                f"its sum is changed by {', '.join(later)}, pruned after it: what is certified of the sum stands with the last of them"
-            )
-        exact = self.scheme == "parallel" or (self.method.correction == 1 and not later)
-        if self.scheme == "cascade" and self.method.correction != 1 and solution.tolerance is not None:
-            notes.append("correction below 1: the tolerance was kept to a shifted target, so the certificate states only what was achieved")
-        self.reports.append(
-            LayerReport(
-                name=name,
-                kind=layer.kind,
-                inputs=layer.shape[0],
-                outputs=layer.shape[1],
-                activation=reading.activation.name,
-                reading=reading.words,
-                target=f"{self.method.kind} {target:g}" if solution.inflation is None else f"inflation {solution.inflation:g}",
-                status=solution.status,
-                nonzeros=int((solution.weights != 0).sum()),
-                weights=solution.weights.numel(),
-                rows=program.rows,
-                reference_norm=program.reference_norm,
-                distance=solution.distance,
-                tolerance=solution.tolerance,
-                original_distance=program.original_distance(),
-                gap=solution.gap,
-                iterations=solution.iterations,
-                seconds=time.perf_counter() - self.begun,
-                dead_inputs=program.dead_inputs(),
-                notes=tuple(notes),
-                violation=solution.violation,
-            )
-        )
-        kind = self.method.certified_program if solution.gap is not None and exact else ""
-        level = solution.tolerance_used if kind == "epsilon" else solution.penalty
-        self.claims.append(
-            Claim(
-                name=name,
-                activation=reading.activation,
-                tolerance=solution.tolerance_used if exact else None,
-                gap_kind=kind,
-                gap_level=level if kind and level is not None else 0.0,
-                source=reading.source,
-            )
-        )
-
-    def certify(self, notice: str) -> Certificate:
-        setup = Setup(
-            method=self.method.describe(),
-            program=self.method.program,
-            scheme=self.scheme,
-            arithmetic=notice or "float64",
-            max_samples=self.max_samples,
-            seed=self.seed,
-            reference_hash=hashes(self.original),
-            weights_hash=hashes(self.result),
-        )
-        return certify(self.reference, self.pruned, self.claims, self.graph, self.batches, self.found, setup)
 
 
 def _called(names: list[str], found: Scan, layers: Sequence[str] | None) -> tuple[list[str], list[str]]:
@@ -363,24 +207,6 @@ def _called(names: list[str], found: Scan, layers: Sequence[str] | None) -> tupl
     if not found.order:
         raise NothingToPrune(f"none of the layers {', '.join(names[:8])} is called on the calibration data")
     return found.order, [f"{name}: never called on the calibration data; left as it is" for name in missing]
-
-
-def _finite(solution: Solution, program: LayerProgram) -> Solution:
-    """The solution, or the original weights when it holds values that the layer's dtype cannot."""
-    parts = (solution.weights, *(() if solution.bias is None else (solution.bias,)))
-    if all(bool(torch.isfinite(part).all()) for part in parts):
-        return solution
-    distance = program.original_distance()
-    return replace(
-        solution,
-        weights=program.weights.to(program.dtype),
-        bias=None if program.bias is None else program.bias.to(program.dtype),
-        status=Status.SKIPPED,
-        distance=distance,
-        tolerance_used=None if solution.tolerance is None else max(solution.tolerance, distance),
-        gap=None,
-        notes=(*solution.notes, f"the solution holds values beyond the range of {program.dtype}: left as it was; prune it in float32"),
-    )
 
 
 def _settings(method: Method) -> dict[str, Any]:

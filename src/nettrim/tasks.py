@@ -130,8 +130,8 @@ class TaskBuilder:
             moments.add(inputs[:, g * self.N : (g + 1) * self.N], lo[:, columns], Y[:, columns])
         self.filled += len(inputs)
 
-    def build(self) -> LayerTask:
-        """The task of all rows added."""
+    def build(self, importance: Tensor | None = None) -> LayerTask:
+        """The task of all rows added; ``importance`` (M,) as in the programs."""
         programs = []
         for position, (g, columns) in enumerate(self.groups):
             fold = None if self.unit.fold is None else self.unit.fold.columns(columns)
@@ -152,5 +152,5 @@ class TaskBuilder:
                     dtype=self.dtype,
                     fold=fold,
                 )
-            programs.append(replace(program, name=self.name))
+            programs.append(replace(program, name=self.name, importance=None if importance is None else importance[columns]))
         return LayerTask(tuple(programs), tuple(columns for _, columns in self.groups), self.W, self.b, self.filled)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..status import InvalidInput
 
-NAMES = ("recovery", "spirals", "mnist-fc", "mnist-lenet-fc", "cascade-vs-parallel", "robustness", "bounds")
+NAMES = ("recovery", "spirals", "mnist-fc", "mnist-lenet-fc", "cascade-vs-parallel", "robustness", "bounds", "network-trimming", "lobs")
 Progress = Callable[[int, int, str], None]
 
 
@@ -93,6 +93,20 @@ def _bounds(settings: Settings) -> Outcome:
     return Outcome(summary.to_dict(), bounds_figures.table(summary), (), summary.files)
 
 
+def _network_trimming(settings: Settings) -> Outcome:
+    from . import network_trimming, network_trimming_figures
+
+    summary = network_trimming.run(**_on_images(settings))
+    return Outcome(summary.to_dict(), network_trimming_figures.table(summary), (), summary.files)
+
+
+def _lobs(settings: Settings) -> Outcome:
+    from . import lobs_figures, lobs_study
+
+    summary = lobs_study.run(**_on_images(settings))
+    return Outcome(summary.to_dict(), lobs_figures.table(summary), (), summary.files)
+
+
 def _cascade_vs_parallel(settings: Settings) -> Outcome:
     """First on the spirals, as in the first paper; then on images, as in the second."""
     from . import cascade_vs_parallel, cascade_vs_parallel_figures, spiral_schemes, spiral_schemes_figures
@@ -119,4 +133,6 @@ _EXPERIMENTS: dict[str, Callable[[Settings], Outcome]] = {
     "cascade-vs-parallel": _cascade_vs_parallel,
     "robustness": _robustness,
     "bounds": _bounds,
+    "network-trimming": _network_trimming,
+    "lobs": _lobs,
 }

@@ -10,11 +10,12 @@ from ..program import LayerProgram
 from ..solution import Solution, Watch
 from .baselines import Magnitude, Random, Wanda
 from .linear_admm import LinearADMM
+from .lobs import LOBS
 from .nettrim import NetTrim
 from .obs import OBS, SparseGPT
 from .targets import PerLayer
 
-__all__ = ["OBS", "LinearADMM", "Magnitude", "Method", "NetTrim", "PerLayer", "Random", "SparseGPT", "Wanda"]
+__all__ = ["LOBS", "OBS", "LinearADMM", "Magnitude", "Method", "NetTrim", "PerLayer", "Random", "SparseGPT", "Wanda"]
 
 
 class Method(Protocol):
@@ -51,6 +52,10 @@ class Method(Protocol):
     @property
     def chosen(self) -> Pattern:
         """Which sets of weights may stay."""
+
+    @property
+    def weighs_outputs(self) -> bool:
+        """Whether ``solve`` uses the importance of outputs, where a program knows it."""
 
     def describe(self) -> str:
         """One line for tables."""

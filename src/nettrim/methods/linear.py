@@ -40,6 +40,7 @@ class OneShot:
     certified_program = ""
     program = "none"
     needs_cascade = ""
+    weighs_outputs = False
 
     def __post_init__(self) -> None:
         name = type(self).__name__

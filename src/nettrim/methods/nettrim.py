@@ -52,6 +52,9 @@ class NetTrim:
             response to the pruned inputs (0). Tolerances are guaranteed for 1 only.
         ridge: l0 only: weight of ``||W - W0||^2`` beside the squared distance while weights are chosen, relative to the mean diagonal of
             the Gram matrix. It keeps weights of inputs that hardly vary from growing; distances that are stated do not contain it.
+        importance: sparsity with l0 only: how the outputs of a layer share its weights. ``"output"``: a squared error of each counts by how
+            much it moves the network's outputs (mean squared gradients on the calibration data); ``"uniform"``: all count the same.
+            What is stated and certified is never weighted.
         gap: l1 only: relative duality gap at which the solver stops.
         max_iterations: iterations of one solve; the default is 3000 for l1 and 500 for l0.
 
@@ -69,6 +72,7 @@ class NetTrim:
     polish: bool | None = None
     correction: float = 1.0
     ridge: float = 0.001
+    importance: Literal["output", "uniform"] = "output"
     gap: float = 0.01
     max_iterations: int | None = None
     pattern: str | None = field(default=None, kw_only=True)
@@ -100,6 +104,8 @@ class NetTrim:
             raise InvalidInput(f"NetTrim: kappa ({self.kappa}) tightens tolerances that gamma gives; give gamma too")
         if not 0 <= self.correction <= 1:
             raise InvalidInput(f"NetTrim: correction must lie in [0, 1], found {self.correction}")
+        if self.importance not in ("output", "uniform"):
+            raise InvalidInput(f"NetTrim: importance must be 'output' or 'uniform', found {self.importance!r}")
         if not 0 <= self.ridge < math.inf:
             raise InvalidInput(f"NetTrim: ridge must be >= 0 and finite, found {self.ridge}")
         if not 0 < self.gap < 1:
@@ -165,6 +171,11 @@ class NetTrim:
         """``"gamma"`` when it was given."""
         return "" if self.gamma is None else "gamma"
 
+    @property
+    def weighs_outputs(self) -> bool:
+        """True for budgets of l0, unless ``importance`` is ``"uniform"``."""
+        return self.kind == "sparsity" and self.chosen_norm == "l0" and self.importance == "output"
+
     def describe(self) -> str:
         """One line for tables."""
         gamma = "" if self.gamma is None else f", gamma {self.gamma:g}" if isinstance(self.gamma, (int, float)) else ", gamma by layer"
@@ -187,7 +198,7 @@ class NetTrim:
         if self.chosen_norm == "l1":
             standard = standardise(program, power=0.5)
         else:
-            standard = standardise(program, power=1.0, ridge=self.ridge, shuffled=True)
+            standard = standardise(program, power=1.0, ridge=self.ridge, shuffled=True, weighted=self.weighs_outputs)
         if self.kind == "epsilon":
             return self._within_tolerance(standard, target, factor, watch)
         if self.kind == "penalty":

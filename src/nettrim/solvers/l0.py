@@ -6,12 +6,14 @@ These programs are not convex; what is found is good, not proven best. The dista
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..patterns import UNSTRUCTURED, Pattern
 from ..program import StandardProgram
+from ..prox import largest_mask
 from ..solution import Watch
 from .admm import GramADMM
 from .polish import polish
@@ -34,6 +36,8 @@ class Schedule:
 
 
 CAREFUL = Schedule(0.02, ((0.1, 1.08), (0.005, 1.05), (0.0, 1.03)))  # one budget: less distance for about twice the iterations
+PATH = Schedule(0.05, ((0.0, 1.25),))  # curves, which solve many budgets roughly
+PATH_STEPS = 24
 BRISK = Schedule(0.03, ((0.1, 1.15), (0.005, 1.10), (0.0, 1.05)))  # searches, which solve many budgets
 
 
@@ -63,7 +67,8 @@ def within_budget(
     """``min dist(A W + e b^T, [lo, hi])  subject to  ||W||_0 <= k, W in the pattern`` (design section 3).
 
     ADMM on the majorised distance, whose gradient is taken from a part of the rows in each iteration where there are many, with a
-    penalty that grows as the support settles, from a small ``ridge`` towards the original weights (in units of the mean diagonal of the Gram matrix, which is 1), then the polish on the support that was found.
+    penalty that grows as the support settles, from a small ``ridge`` towards the original weights (in units of the mean diagonal of the
+    Gram matrix, which is 1), then the polish on the support that was found.
     """
     p = program
     k = min(k, pattern.capacity(p.live, p.U0.shape[1]))
@@ -96,6 +101,38 @@ def within_budget(
                 watch(iteration, math.hypot(reached, math.sqrt(p.unreachable)), k / max(p.source.weights.numel(), 1))
     U, c, distance = polish(p, loop.D, loop.c, support=mask, rounds=polish_rounds, steps=POLISH_STEPS, tolerance=POLISH_GAIN)
     return L0Result(U, c, k, distance, iteration, settled)
+
+
+def path(program: StandardProgram, budgets: Sequence[int]) -> list[float]:
+    """The distance reached at each of the budgets, which must fall: every solve starts where the last one ended, and ends early.
+
+    For comparing layers and densities; :func:`within_budget` finds less distance.
+    """
+    p = program
+    loop = GramADMM(p, p.U0)
+    parts = row_parts(p)
+    found, iteration = [], 0
+    for k in budgets:
+        loop.V.zero_()
+        beta, mask = PATH.start, largest_mask(loop.D, k)
+
+        def keep(V: Tensor, k: int = k) -> Tensor:
+            nonlocal mask
+            mask = largest_mask(V, k)
+            return V * mask
+
+        for step in range(1, PATH_STEPS + 1):
+            loop.refresh(iteration % parts, parts)
+            iteration += 1
+            loop.majorised_step(keep, beta, 0.01)
+            if step % CHECK_EVERY == 0:
+                factor = PATH.growth[0][1]
+                beta *= factor
+                loop.V /= factor
+        U, c, distance = polish(p, loop.D, loop.c, support=mask, rounds=2, steps=POLISH_STEPS, tolerance=POLISH_GAIN)
+        loop.D, loop.c = U, c
+        found.append(distance)
+    return found
 
 
 def row_parts(program: StandardProgram) -> int:

@@ -1,0 +1,396 @@
+"""The budget solver's design choices, measured one at a time: CPU time against the distance reached, from which its defaults are taken.
+
+    OMP_NUM_THREADS=1 python benchmarks/solver_study.py --mnist DIR --fashion DIR
+
+Programs: six convolutions of the residual network as the cascade at 90 % meets them (inputs of the network pruned so far, targets of the
+trained one) and the first two layers of the MNIST network, each with as many rows again that no solve sees. The loop below is that of
+`nettrim.solvers.l0.within_budget` with everything settable; that it is the same one is checked in every run. The base of all variants is
+the solver's own settings, except that noise ends the iteration only after a check that found less than 2 % of the support changed. A
+distance is that of the weights as stored, without ridge; "above best" compares with the lowest distance that any variant found for that
+program and sparsity (variants of the ridge to the original weights minimise something else and do not count). CPU seconds are those of
+loop and polish; what the Gram matrix and its eigendecomposition take, the same for all variants, is given by itself.
+
+Results go to benchmarks/results/solver_study.json and solver_study.png; the conclusions are in docs/solver_study.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from single_layers import RESULTS, mnist_layers
+from torch import Tensor
+
+import nettrim
+from nettrim.experiments import datasets, zoo_training
+from nettrim.methods import NetTrim
+from nettrim.patterns import UNSTRUCTURED
+from nettrim.program import LayerProgram, StandardProgram, standardise
+from nettrim.solution import Solution, Watch
+from nettrim.solvers import l0
+from nettrim.solvers.admm import GramADMM
+from nettrim.solvers.l0 import BRISK, CAREFUL, Schedule
+from nettrim.solvers.polish import polish
+
+NETWORK, CASCADE = "resnet20_b", 0.9
+CONVOLUTIONS = ("stage1.0.conv2", "stage1.2.conv1", "stage2.0.conv1", "stage2.0.conv2", "stage2.2.conv1", "stage3.0.conv2")
+SPARSITIES = (0.6, 0.9, 0.97)
+IMAGES, BATCH, ROWS = 500, 100, 5_000  # rows that solves see; as many are held out
+NEURONS = 40  # of the first layer of the MNIST network: its 784 inputs are what is slow
+MOST_STEPS = 500
+
+BETWEEN = Schedule(0.025, ((0.1, 1.11), (0.005, 1.07), (0.0, 1.04)))
+QUICKER = Schedule(0.05, ((0.1, 1.2), (0.005, 1.15), (0.0, 1.08)))
+ALPS = Schedule(0.1, ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1)))
+STILL = 0.02  # a change of the support below which further noise ends the iteration: the base of all variants
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Settings of the iteration. ``every``: the nearest points are taken anew in every so-manieth step only."""
+
+    schedule: Schedule = CAREFUL
+    most_parts: int = l0.MOST_PARTS
+    rows_per_input: int = l0.ROWS_PER_INPUT
+    every: int = 1
+    still: float = STILL
+    weight_ridge: float = 0.01
+    own_ridge: float = NetTrim.ridge
+
+
+@dataclass(frozen=True)
+class Polish:
+    """Settings of the polish; no rounds: none."""
+
+    rounds: int = 6
+    steps: int = l0.POLISH_STEPS
+    gain: float = l0.POLISH_GAIN
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One choice of settings, in a group of such that differ in one thing."""
+
+    group: str
+    label: str
+    loop: Loop = Loop()
+    polish: Polish = Polish()
+
+
+DEFAULT = Variant("base", "")
+
+
+def variants() -> list[Variant]:
+    """The base, then every other value of each choice by itself."""
+    found = [DEFAULT]
+    schedules = {"between": BETWEEN, "brisk": BRISK, "quicker": QUICKER, "ALPS's": ALPS}
+    schedules["careful from 0.1"] = replace(CAREFUL, start=0.1)
+    found += [Variant("schedule", name, Loop(schedule=one)) for name, one in schedules.items()]
+    found += [Variant("parts of the rows, at most", str(n), Loop(most_parts=n)) for n in (1, 2, 4, 16)]
+    found += [Variant("rows of a part, for each input", str(n), Loop(rows_per_input=n)) for n in (2, 5)]
+    found += [Variant("all rows in every r-th step", f"r = {n}", Loop(most_parts=1, every=n)) for n in (2, 4, 8)]
+    found += [Variant("support nearly still below", f"{share:g}", Loop(still=share)) for share in (0.1, 0.005)]
+    shapes = [(0, 6), (1, 6), (2, 6), (12, 6), (6, 3), (6, 15), (12, 30)]
+    found += [Variant("polish, rounds x steps", f"{a} x {b}", polish=Polish(rounds=a, steps=b)) for a, b in shapes]
+    found += [Variant("polish, least gain", f"{gain:g}", polish=Polish(gain=gain)) for gain in (1e-2, 1e-4)]
+    found += [Variant("ridge in the weight step", f"{size:g}", Loop(weight_ridge=size)) for size in (0.0, 0.001, 0.1)]
+    found += [Variant("ridge to the original weights", f"{size:g}", Loop(own_ridge=size)) for size in (0.0, 1e-4, 1e-2)]
+    free = [("careful", CAREFUL), ("between", BETWEEN)]
+    found += [
+        Variant(
+            "together: no step ridge, 2 rows, polish 2 x 6", name, Loop(schedule=one, weight_ridge=0.0, rows_per_input=2), Polish(rounds=2)
+        )
+        for name, one in free
+    ]
+    return found
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer's program twice: on the rows that are solved for, and on rows that are held out."""
+
+    name: str
+    seen: LayerProgram
+    unseen: LayerProgram
+
+
+def halves(program: LayerProgram) -> tuple[LayerProgram, LayerProgram]:
+    """The first and the second half of the rows: other images."""
+    middle = len(program.inputs) // 2
+
+    def part(rows: slice) -> LayerProgram:
+        column = None if program.bias_column is None else program.bias_column[rows]
+        inputs, lo, hi = program.inputs[rows], program.lo[rows], program.hi[rows]
+        return replace(program, inputs=inputs, lo=lo, hi=hi, bias_column=column, rows=len(inputs))
+
+    return part(slice(0, middle)), part(slice(middle, 2 * middle))
+
+
+def cascade_layers(data: Path | None, wanted: Sequence[str], rows: int) -> list[Layer]:
+    """Convolutions of the residual network in its cascade, which is solved on the rows that are seen."""
+    dataset = datasets.load("fashion-mnist", data)
+    network = zoo_training.trained(NETWORK, dataset, seed=0, cache=RESULTS / "cache")
+    convolutions = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Conv2d)][1:]
+    last = max(convolutions.index(name) for name in wanted)
+    found = []
+
+    class Recorder(NetTrim):
+        """Keeps the programs that it is given."""
+
+        def solve(self, program: LayerProgram, target: float, watch: Watch | None = None) -> Solution:
+            seen, unseen = halves(program)
+            if program.name in wanted:
+                found.append(Layer(program.name, seen, unseen))
+            solution = super().solve(seen, target, watch)
+            return replace(solution, distance=program.distance(solution.weights, solution.bias))
+
+    batches = list(torch.split(dataset.train_images[:IMAGES], BATCH))
+    nettrim.prune(network, batches, Recorder(sparsity=CASCADE), layers=convolutions[: last + 1], max_samples=2 * rows, progress=False)
+    return found
+
+
+def mnist_programs(data: Path | None, rows: int, neurons: int = NEURONS) -> list[Layer]:
+    """The first layer of the MNIST network (some neurons of it) and the second, on the trained network's own inputs."""
+    found = []
+    for layer in mnist_layers(data, images=2 * rows)[:2]:
+        p, some = layer.program, slice(0, neurons if layer.name == "mnist 1" else None)
+        assert p.bias is not None
+        p = replace(p, lo=p.lo[:, some], hi=p.hi[:, some], weights=p.weights[:, some], bias=p.bias[some])
+        found.append(Layer(layer.name, *halves(p)))
+    return found
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a loop ended."""
+
+    D: Tensor
+    c: Tensor | None
+    mask: Tensor
+    iterations: int
+    settled: bool
+    seconds: float
+
+
+def iterate(p: StandardProgram, k: int, settings: Loop) -> Found:
+    """The loop of `l0.within_budget` with other settings."""
+    start = time.process_time()
+    P, N = p.A.shape
+    parts = max(1, min(settings.most_parts, P // max(l0.LEAST_ROWS, settings.rows_per_input * N)))
+    loop = GramADMM(p, p.U0)
+    mask = UNSTRUCTURED.mask(p.U0, k, p.live)
+    loop.D = p.U0 * mask
+    beta, iteration, settled = settings.schedule.start, 0, False
+
+    def keep(V: Tensor) -> Tensor:
+        nonlocal mask
+        mask = UNSTRUCTURED.mask(V, k, p.live)
+        return V * mask
+
+    previous, least, stale = mask, 1.0, 0
+    while iteration < MOST_STEPS and not settled:
+        if iteration % settings.every == 0:
+            loop.refresh(iteration // settings.every % parts, parts)
+        iteration += 1
+        loop.majorised_step(keep, beta, settings.weight_ridge)
+        if iteration % l0.CHECK_EVERY:
+            continue
+        changed = int((mask & ~previous).sum()) / max(k, 1)
+        previous = mask
+        factor = next(growth for share, growth in settings.schedule.growth if changed > share or share == 0.0)
+        stale = 0 if changed < l0.FALLS * least else stale + 1
+        least = min(least, changed)
+        settled = changed == 0.0 or (parts > 1 and stale >= l0.PATIENCE and least < settings.still)
+        beta *= factor
+        loop.V /= factor
+    return Found(loop.D, loop.c, mask, iteration, settled, time.process_time() - start)
+
+
+def finish(p: StandardProgram, found: Found, settings: Polish) -> tuple[Tensor, Tensor | None, float]:
+    """The polished weights and bias as stored, and the CPU seconds of the polish."""
+    start = time.process_time()
+    U, c, _ = polish(p, found.D, found.c, support=found.mask, rounds=settings.rounds, steps=settings.steps, tolerance=settings.gain)
+    seconds = time.process_time() - start
+    return *p.restore(U, c), seconds
+
+
+def check_same_loop(p: StandardProgram, k: int) -> None:
+    """Refuses to go on when the loop here, with the defaults, is not the solver's any more."""
+    own, _, _ = finish(p, iterate(p, k, Loop(still=l0.NEARLY_STILL)), Polish())
+    theirs = l0.within_budget(p, k, max_iterations=MOST_STEPS)
+    if not torch.equal(own, p.restore(theirs.U, theirs.c)[0]):
+        raise SystemExit("the study's loop with the defaults does not give what nettrim.solvers.l0 gives: bring it up to date")
+
+
+def measured(layer: Layer, sparsities: Sequence[float], chosen: Sequence[Variant]) -> Iterator[dict[str, Any]]:
+    """Every variant on one layer. Loops that several variants share are run once; so are Gram matrices."""
+    standard: dict[float, tuple[StandardProgram, float]] = {}
+    for ridge in sorted({variant.loop.own_ridge for variant in chosen}, key=lambda size: size != DEFAULT.loop.own_ridge):
+        start = time.process_time()
+        standard[ridge] = standardise(layer.seen, power=1.0, ridge=ridge, shuffled=True), 0.0
+        standard[ridge] = standard[ridge][0], time.process_time() - start
+    for sparsity in sparsities:
+        k = round((1 - sparsity) * layer.seen.weights.numel())
+        loops: dict[Loop, Found] = {}
+        for variant in chosen:
+            p, prepared = standard[variant.loop.own_ridge]
+            if variant.loop not in loops:
+                loops[variant.loop] = iterate(p, k, variant.loop)
+            found = loops[variant.loop]
+            W, b, seconds = finish(p, found, variant.polish)
+            yield {
+                "layer": layer.name,
+                "shape": list(layer.seen.shape),
+                "sparsity": sparsity,
+                "group": variant.group,
+                "variant": variant.label,
+                "iterations": found.iterations,
+                "settled": found.settled,
+                "distance": layer.seen.distance(W, b),
+                "unseen": layer.unseen.distance(W, b),
+                "loop_seconds": found.seconds,
+                "polish_seconds": seconds,
+                "prepared_seconds": prepared,
+            }
+
+
+def summary(rows: Sequence[dict[str, Any]], sparsity: float | None = None) -> list[dict[str, Any]]:
+    """For each variant, over all programs (and sparsities): geometric means against the best, worst case, iterations, CPU seconds.
+
+    ``time`` and ``unseen`` are shares of the base's: sums for the first, the geometric mean for the second.
+    """
+    rows = [row for row in rows if sparsity is None or row["sparsity"] == sparsity]
+    best: dict[tuple[str, float], float] = {}
+    default: dict[tuple[str, float], dict[str, Any]] = {}
+    for row in rows:
+        place = row["layer"], row["sparsity"]
+        if row["group"] != "ridge to the original weights":
+            best[place] = min(best.get(place, math.inf), row["distance"])
+        if row["group"] == DEFAULT.group:
+            default[place] = row
+    found = []
+    for group, label in dict.fromkeys((row["group"], row["variant"]) for row in rows):
+        own = [row for row in rows if (row["group"], row["variant"]) == (group, label)]
+        above = [row["distance"] / best[row["layer"], row["sparsity"]] for row in own]
+        unseen = [row["unseen"] / default[row["layer"], row["sparsity"]]["unseen"] for row in own]
+        seconds = sum(row["loop_seconds"] + row["polish_seconds"] for row in own)
+        base = sum(row["loop_seconds"] + row["polish_seconds"] for row in default.values())
+        found.append(
+            {
+                "group": group,
+                "variant": label,
+                "above_best": mean(above) - 1,
+                "worst": max(above) - 1,
+                "unseen": mean(unseen),
+                "iterations": sum(row["iterations"] for row in own) / len(own),
+                "cpu_seconds": seconds,
+                "time": seconds / base,
+                "polish_share": sum(row["polish_seconds"] for row in own) / seconds,
+            }
+        )
+    return found
+
+
+def mean(values: Sequence[float]) -> float:
+    """The geometric mean."""
+    return math.exp(sum(math.log(value) for value in values) / len(values))
+
+
+def above(share: float) -> str:
+    """As a percentage; as a factor where the solver went astray."""
+    return f"{share:.2%}" if share < 10 else f"{1 + share:.0e} x"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    sparsities = list(dict.fromkeys(row["sparsity"] for row in rows))
+    out = Table(title="the budget solver's choices, one at a time; time and unseen in the base's")
+    out.add_column("choice", no_wrap=True)
+    out.add_column("value", no_wrap=True)
+    for name in ("above best", *(f"at {sparsity:.0%}" for sparsity in sparsities), "worst", "unseen", "steps", "CPU s", "time", "polish"):
+        out.add_column(name, justify="right")
+    each = [{(one["group"], one["variant"]): one for one in summary(rows, sparsity)} for sparsity in sparsities]
+    group = ""
+    for one in summary(rows):
+        if one["group"] != group and group:
+            out.add_section()
+        cells = [one["group"] if one["group"] != group else "", one["variant"], above(one["above_best"])]
+        cells += [above(some[one["group"], one["variant"]]["above_best"]) for some in each]
+        cells += [above(one["worst"]), f"{one['unseen']:.4f}", f"{one['iterations']:.0f}", f"{one['cpu_seconds']:.1f}"]
+        out.add_row(*cells, f"{one['time']:.2f}", f"{one['polish_share']:.0%}")
+        group = one["group"]
+    return out
+
+
+def figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Distance above the best against CPU time, a panel for each choice, the base in all."""
+    matplotlib.rcParams.update({"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False})
+    found = summary(rows)
+    groups = [group for group in dict.fromkeys(one["group"] for one in found) if group != DEFAULT.group]
+    default = found[0]
+    out = Figure(figsize=(13, 6.2), layout="constrained")
+    panels = out.subplots(2, math.ceil(len(groups) / 2)).ravel()
+    for axes, group in zip(panels, groups, strict=False):
+        unseen = group == "ridge to the original weights"
+        own = [default, *(one for one in found if one["group"] == group)]
+        for one in own:
+            height = 100 * (one["unseen"] - 1 if unseen else one["above_best"])
+            axes.plot(one["time"], height, "s" if one is default else "o", color="#b4541a" if one is default else "#1f5fa8")
+            axes.annotate("base" if one is default else one["variant"], (one["time"], height), (4, 4), textcoords="offset points")
+        axes.set_title(textwrap.fill(group, 32))
+        if not unseen and max(one["above_best"] for one in own) > 1:  # some variant went astray
+            axes.set_yscale("log")
+        axes.set_xlabel("CPU time, base 1")
+        axes.set_ylabel("% of distance above the base's, unseen rows" if unseen else "% of distance above the best known")
+        axes.grid(alpha=0.3)
+        axes.margins(0.18)
+    for axes in panels[len(groups) :]:
+        axes.set_axis_off()
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mnist", type=Path, default=None, help="folder with the MNIST files")
+    parser.add_argument("--fashion", type=Path, default=None, help="folder with the Fashion-MNIST files")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
+    parser.add_argument("--rows", type=int, default=ROWS, help="of each program; as many are held out")
+    parser.add_argument("--quick", action="store_true", help="two small programs at one sparsity; nothing is written")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # CPU seconds of one thread
+    console = Console(stderr=True)
+    if options.quick:
+        options.sparsities, options.rows = [0.9], 2_000
+        layers = [*cascade_layers(options.fashion, CONVOLUTIONS[:1], options.rows), mnist_programs(options.mnist, options.rows)[1]]
+    else:
+        layers = [*cascade_layers(options.fashion, CONVOLUTIONS, options.rows), *mnist_programs(options.mnist, options.rows)]
+    console.print(f"{len(layers)} programs, made in {time.process_time():.0f} CPU seconds")
+    chosen = variants()
+    first = layers[0].seen
+    check_same_loop(standardise(first, power=1.0, ridge=NetTrim.ridge, shuffled=True), round(0.1 * first.weights.numel()))
+    facts: dict[str, Any] = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "settings": [asdict(one) for one in chosen]}
+    rows: list[dict[str, Any]] = []
+    for layer in layers:
+        rows += measured(layer, options.sparsities, chosen)
+        console.print(f"{layer.name}: {layer.seen.shape}, {time.process_time():.0f} CPU seconds so far")
+        if not options.quick:
+            (RESULTS / "solver_study.json").write_text(json.dumps(facts | {"summary": summary(rows), "rows": rows}, indent=1) + "\n")
+    if not options.quick:
+        figure(rows).savefig(RESULTS / "solver_study.png", dpi=150)
+    Console(width=170).print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Options that commands share, and how their texts are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..methods.targets import PerLayer
+from ..status import InvalidInput
+
+
+class Scheme(StrEnum):
+    """Which inputs a layer sees."""
+
+    cascade = "cascade"
+    parallel = "parallel"
+
+
+class DatasetName(StrEnum):
+    """Data sets of the demonstration and the experiments."""
+
+    digits = "digits"
+    mnist = "mnist"
+    fashion = "fashion-mnist"
+
+
+Model = Annotated[str, typer.Argument(help="The model, as package.module:factory.")]
+Folder = Annotated[Path, typer.Argument(help="What nettrim prune or result.save wrote.")]
+Weights = Annotated[Path | None, typer.Option(help="Trained weights: .safetensors, or a state dict saved by torch.save.")]
+Data = Annotated[str, typer.Option(help="Calibration data: .npy, .npz or .safetensors file, or package.module:factory giving batches.")]
+Heldout = Annotated[str | None, typer.Option(help="Held-out data for the statement about unseen inputs; same forms.")]
+SchemeOption = Annotated[Scheme, typer.Option(help="Whose inputs a layer sees: the pruned network's or the reference network's.")]
+Layers = Annotated[list[str] | None, typer.Option(help="Only these layers: names or re:pattern (repeatable).")]
+Ignore = Annotated[list[str] | None, typer.Option(help="Not these layers: names or re:pattern (repeatable).")]
+ActivationOption = Annotated[
+    list[str] | None, typer.Option("--activation", help="LAYER=ACTIVATION where the graph does not show it (repeatable).")
+]
+MaxSamples = Annotated[int, typer.Option(help="Most rows kept for one layer.")]
+BatchSize = Annotated[int, typer.Option(help="Samples per batch when data come from a file.")]
+Device = Annotated[str | None, typer.Option(help="Torch device; by default where the model is.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else.")]
+
+
+class ManyValues(typer.core.TyperCommand):
+    """Takes several values behind one ``--methods`` or ``--sparsity``: ``--sparsity 0.5 0.9`` is ``--sparsity 0.5 --sparsity 0.9``.
+
+    The model, told by its colon, is never taken for a value.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Spreads the values before they are parsed."""
+        spread: list[str] = []
+        option = ""
+        for text in args:
+            if option and not text.startswith("-") and ":" not in text:
+                spread += [option, text]
+            elif text in ("--methods", "--sparsity"):
+                option = text
+            else:
+                option = ""
+                spread.append(text)
+        return super().parse_args(ctx, spread)
+
+
+def target(name: str, texts: Sequence[str] | None) -> PerLayer | None:
+    """A number, or a mapping from LAYER=NUMBER."""
+    if not texts:
+        return None
+    if len(texts) == 1 and "=" not in texts[0]:
+        return _number(name, texts[0])
+    return {layer: _number(f"{name} of {layer}", value) for layer, value in by_layer(name, texts).items()}
+
+
+def by_layer(name: str, texts: Sequence[str] | None) -> dict[str, str]:
+    """A mapping from LAYER=VALUE."""
+    found: dict[str, str] = {}
+    for text in texts or ():
+        layer, equals, value = text.rpartition("=")
+        if not equals or not layer or not value:
+            raise InvalidInput(f"--{name} {text!r}: several values must each be written LAYER=VALUE")
+        if layer in found:
+            raise InvalidInput(f"--{name}: {layer!r} is given twice, as {found[layer]!r} and as {value!r}; leave one out")
+        found[layer] = value
+    return found
+
+
+def readings(texts: Sequence[str] | None) -> dict[str, dict[str, str | None]]:
+    """Corrections by layer from LAYER:PART=VALUE; the value ``none`` takes the part out. Colons may stand in LAYER (``re:pattern``)."""
+    found: dict[str, dict[str, str | None]] = {}
+    for text in texts or ():
+        place, _, value = text.rpartition("=")
+        layer, _, part = place.rpartition(":")
+        if not layer or not part or not value:
+            raise InvalidInput(f"--reading {text!r}: it must be written LAYER:PART=VALUE, such as conv1:norm=bn1 or fc1:activation=none")
+        parts = found.setdefault(layer, {})
+        if part in parts:
+            raise InvalidInput(f"--reading {text!r}: {part!r} of {layer!r} is given twice; leave one out")
+        parts[part] = None if value.lower() == "none" else value
+    return found
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InvalidInput(f"{name} must be a number, found {text!r}") from error

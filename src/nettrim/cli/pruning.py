@@ -1,0 +1,291 @@
+"""Commands that make, check, show and fine-tune a pruned model: prune, verify, report, distill."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .. import checkpoint, render
+from ..distill import Distilled, distill
+from ..progress import CountBar
+from ..pruning import MAX_SAMPLES, PruneResult, prune
+from ..recertify import recertify
+from ..sources import batches_from, model_from
+from ..status import CertificateError, InvalidInput
+from ..verify import verify
+from .method import METHODS, method_from
+from .options import (
+    ActivationOption,
+    BatchSize,
+    Data,
+    Device,
+    Folder,
+    Heldout,
+    Ignore,
+    Json,
+    Layers,
+    MaxSamples,
+    Model,
+    Scheme,
+    SchemeOption,
+    Weights,
+    by_layer,
+    readings,
+    target,
+)
+from .output import exit_unless_met, print_json, show
+
+
+class Norm(StrEnum):
+    """What Net-Trim minimises."""
+
+    l1 = "l1"
+    l0 = "l0"
+
+
+class Program(StrEnum):
+    """Which program of a layer is solved."""
+
+    preimage = "preimage"
+    halfspace = "halfspace"
+
+
+class Allocation(StrEnum):
+    """How a sparsity is shared by the layers."""
+
+    uniform = "uniform"
+    share = "global"
+
+
+class Counted(StrEnum):
+    """What a sparsity is a share of."""
+
+    parameters = "parameters"
+    bytes = "bytes"
+    macs = "macs"
+
+
+class LossName(StrEnum):
+    """What fine-tuning makes small."""
+
+    mse = "mse"
+    kl = "kl"
+
+
+OutputFolder = Annotated[Path, typer.Option(help="Folder for model.safetensors, report.json, certificate.json, report.html.")]
+
+
+def prune_command(
+    model: Model,
+    data: Data,
+    output: OutputFolder,
+    weights: Weights = None,
+    heldout: Heldout = None,
+    epsilon: Annotated[list[str] | None, typer.Option(help="Tolerance, relative: a number, or LAYER=NUMBER (repeatable).")] = None,
+    sparsity: Annotated[list[str] | None, typer.Option(help="Fraction of zeros in [0, 1): a number, or LAYER=NUMBER (repeatable).")] = None,
+    penalty: Annotated[list[str] | None, typer.Option(help="Absolute penalty: a number, or LAYER=NUMBER (repeatable).")] = None,
+    error: Annotated[
+        list[str] | None, typer.Option(help="lobs: how far a layer's response may move, relative: a number, or LAYER=NUMBER (repeatable).")
+    ] = None,
+    method: Annotated[str, typer.Option(help="Pruning method.", metavar=f"[{'|'.join(METHODS)}]")] = "nettrim",
+    pattern: Annotated[
+        str | None, typer.Option(help="Which weights may stay: N:M such as 2:4, rows, columns, or blocks such as 4x4.")
+    ] = None,
+    norm: Annotated[Norm | None, typer.Option(help="Default: l1 for epsilon and penalty, l0 for sparsity and with a pattern.")] = None,
+    polish: Annotated[bool | None, typer.Option(help="Least distance on the final support. Default: off for l1, on for l0.")] = None,
+    program: Annotated[Program | None, typer.Option(help="Ours (preimage, the default), or the published one (halfspace).")] = None,
+    gamma: Annotated[
+        list[str] | None, typer.Option(help="Cascade: tolerances after the first layer, as published: a number, or LAYER=NUMBER.")
+    ] = None,
+    kappa: Annotated[float | None, typer.Option(help="With --gamma: factor on the tolerance of a layer without activation.")] = None,
+    scheme: SchemeOption = Scheme.cascade,
+    allocation: Annotated[
+        Allocation, typer.Option(help="A sparsity holds for every layer (uniform), or for all together (global).")
+    ] = Allocation.uniform,
+    counted: Annotated[
+        Counted, typer.Option("--target", help="What --sparsity is a share of, with --allocation global.")
+    ] = Counted.parameters,
+    sweeps: Annotated[int, typer.Option(help="Further passes over the layers, each solved again.")] = 0,
+    layers: Layers = None,
+    ignore: Ignore = None,
+    activation: ActivationOption = None,
+    reading: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="LAYER:PART=VALUE (repeatable): corrects the norm, branch, activation or pool read behind a layer; none takes it out."
+        ),
+    ] = None,
+    add_bias: Annotated[bool, typer.Option("--add-bias", help="Give layers a bias where neither they nor a batch-norm hold one.")] = False,
+    max_samples: MaxSamples = MAX_SAMPLES,
+    batch_size: BatchSize = 256,
+    seed: Annotated[int, typer.Option(help="Chooses rows where there are more than --max-samples, and what random keeps.")] = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Prune a trained model and save it with its report and certificate."""
+    options = {
+        "epsilon": target("epsilon", epsilon),
+        "sparsity": target("sparsity", sparsity),
+        "penalty": target("penalty", penalty),
+        "error": target("error", error),
+        "pattern": pattern,
+        "norm": None if norm is None else norm.value,
+        "polish": polish,
+        "program": None if program is None else program.value,
+        "gamma": target("gamma", gamma),
+        "kappa": kappa,
+    }
+    chosen = method_from(method, options, seed)
+    corrections, activations = readings(reading), by_layer("activation", activation)
+    checkpoint.check_writable(output)
+    network = model_from(model, weights)
+    result = prune(
+        network,
+        batches_from(data, network, batch_size),
+        chosen,
+        scheme=scheme.value,
+        allocation=allocation.value,
+        target=counted.value,
+        sweeps=sweeps,
+        layers=layers,
+        ignore=ignore or (),
+        activations=activations,
+        readings=corrections,
+        add_bias=add_bias,
+        heldout=None if heldout is None else batches_from(heldout, network, batch_size),
+        max_samples=max_samples,
+        seed=seed,
+        device=device,
+        progress=not as_json,
+    )
+    result.save(output)
+    show(result.report, result.certificate, output, as_json)
+    exit_unless_met(result.report, result.certificate)
+
+
+def verify_command(
+    folder: Folder,
+    model: Model,
+    data: Data,
+    weights: Weights = None,
+    heldout: Heldout = None,
+    batch_size: BatchSize = 256,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Recompute a saved certificate from the files, the reference model and the data."""
+    network = model_from(model, weights)
+    try:
+        certificate = verify(
+            folder,
+            network,
+            batches_from(data, network, batch_size),
+            None if heldout is None else batches_from(heldout, network, batch_size),
+            device=device,
+        )
+    except CertificateError as error:
+        if as_json:
+            print_json({"holds": False, "error": str(error)})
+        raise
+    if as_json:
+        print_json({"holds": True, "certificate": certificate.to_dict()})
+        return
+    console = Console()
+    console.print(render.certificate_table(certificate))
+    console.print("verified: every number was recomputed and holds", highlight=False)
+
+
+def report_command(
+    folder: Folder,
+    html: Annotated[Path | None, typer.Option(help="Also write the page to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the report and certificate of a saved result."""
+    report, certificate = checkpoint.read_report(folder), checkpoint.read_certificate(folder)
+    if html is not None:
+        state = checkpoint.read_weights(folder / checkpoint.MODEL)
+        masks = {layer.name: (checkpoint.weight_of(state, layer.name) != 0).numpy() for layer in report.layers}
+        try:
+            html.write_text(render.report_html(report, certificate, masks), encoding="utf-8")
+        except OSError as error:
+            raise InvalidInput(f"page {html}: it cannot be written ({error.strerror})") from error
+    show(report, certificate, folder, as_json)
+    if not as_json:
+        for sentence in render.certificate_words(certificate)[1:]:
+            Console().print(f"- {sentence}", highlight=False, markup=False)
+
+
+def distill_command(
+    folder: Folder,
+    model: Model,
+    data: Data,
+    output: OutputFolder,
+    weights: Weights = None,
+    heldout: Heldout = None,
+    loss: Annotated[LossName, typer.Option(help="Squared discrepancy of the outputs, or divergence of softened classes.")] = LossName.mse,
+    temperature: Annotated[float, typer.Option(help="Divides the logits of kl.")] = 8.0,
+    steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 4000,
+    step_samples: Annotated[int, typer.Option(help="Samples in a step.")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of the first step.")] = 3e-3,
+    mixing: Annotated[bool, typer.Option(help="Train on mixtures of two inputs.")] = True,
+    holdback: Annotated[float, typer.Option(help="Share of the calibration samples that choose which state is kept.")] = 0.1,
+    batch_size: BatchSize = 256,
+    seed: Annotated[int, typer.Option(help="Chooses the samples held back, their order and their mixtures.")] = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a pruned model towards the trained one without labels, zeros kept, and certify it anew."""
+    checkpoint.check_writable(output)
+    network = model_from(model, weights)
+    batches = batches_from(data, network, batch_size)
+    unseen = None if heldout is None else batches_from(heldout, network, batch_size)
+    pruned = checkpoint.load(folder, copy.deepcopy(network))
+    saved = PruneResult(pruned, checkpoint.read_report(folder), checkpoint.read_certificate(folder))
+    # whatever the new certificate would refuse, it refuses before the training
+    recertify(saved, pruned, network, batches, heldout=unseen, device=device)
+    with CountBar(Console(stderr=True), silent=as_json) as bar:
+        made = distill(
+            pruned,
+            network,
+            batches,
+            loss=loss.value,
+            temperature=temperature,
+            steps=steps,
+            batch_size=step_samples,
+            learning_rate=learning_rate,
+            mixing=mixing,
+            holdback=holdback,
+            seed=seed,
+            device=device,
+            progress=bar.advance,
+        )
+    result = recertify(saved, made.model, network, batches, heldout=unseen, device=device)
+    result = replace(result, report=replace(result.report, notes=(*result.report.notes, _words(made))))
+    result.save(output)
+    if as_json:
+        told = {item.name: getattr(made, item.name) for item in fields(made) if item.name != "model"}
+        print_json(
+            {"output": str(output), "distilled": told, "report": result.report.to_dict(), "certificate": result.certificate.to_dict()}
+        )
+    else:
+        show(result.report, result.certificate, output, as_json)
+    exit_unless_met(result.report, result.certificate)
+
+
+def _words(made: Distilled) -> str:
+    """What the fine-tuning did, in one sentence."""
+    held = (
+        ""
+        if made.unseen_before is None or made.unseen_after is None
+        else f", {made.unseen_before:.2%} to {made.unseen_after:.2%} on the samples held back"
+    )
+    return (
+        f"fine-tuned without labels: the outputs' discrepancy went from {made.before:.2%} to {made.after:.2%}{held} "
+        f"(step {made.best} of {made.steps} is kept)"
+    )

@@ -1,0 +1,283 @@
+"""One pruning run: layer after layer, the copies it works on, and what it reports of each."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import schemes
+from .allocation import CURVE_ROWS, Curve, by_magnitude, error_curve, is_ranked, shared
+from .attention import in_attention
+from .calibration import Calibration, output_tensors
+from .capture import Replica, Scan, hashes, layer_task, replicate
+from .certificate import Certificate
+from .graph import Graph
+from .importance import output_importance
+from .layers import LayerView, can_take_bias, view
+from .layers import add_bias as give_bias
+from .methods import Method
+from .program import LayerProgram
+from .progress import Observer
+from .report import LayerReport
+from .solution import Solution
+from .status import NothingToPrune, Status
+from .tasks import LayerTask
+from .units import unit_of
+from .verification import Claim, Setup, certify
+
+
+class Run:
+    """One pruning run: the copies it works on and what it has reported so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        scheme: str,
+        batches: Calibration,
+        found: Scan,
+        graph: Graph,
+        reference: Replica,
+        max_samples: int,
+        seed: int,
+        show: Observer,
+    ) -> None:
+        self.method, self.scheme, self.batches, self.found, self.graph, self.reference = method, scheme, batches, found, graph, reference
+        self.max_samples, self.seed, self.show = max_samples, seed, show
+        self.original = model
+        self.result = copy.deepcopy(model)
+        self.result.zero_grad(set_to_none=True)  # gradients of the unpruned weights say nothing about the pruned ones
+        self.pruned = replicate(model, reference.device, reference.dtype)
+        self.reference.graph = self.pruned.graph = graph
+        self.reports: list[LayerReport] = []
+        self.claims: list[Claim] = []
+        self.added: list[str] = []
+        self.notes: list[str] = []
+        self.importance: dict[str, Tensor] = {}
+        self.shares: dict[str, Any] = {}
+        self.count = self.index = 0
+        self.begun = 0.0
+
+    def add_biases(self, names: Sequence[str]) -> list[str]:
+        """Gives layers without any home for an offset a bias of zero, in all copies; notes on those that must stay without."""
+        homeless = [name for name, unit in self.reference.units(names).items() if unit.bias() is None]
+        fits = {name: can_take_bias(self.result.get_submodule(name)) and not in_attention(self.result, name) for name in homeless}
+        self.added = [name for name in homeless if fits[name]]
+        for name in self.added:
+            for model in (self.result, self.reference.model, self.pruned.model):
+                give_bias(model.get_submodule(name))
+        return [f"{name}: it takes no bias (attention, or a forward of its own); pruned without" for name in homeless if not fits[name]]
+
+    def solve(self, names: Sequence[str]) -> None:
+        if not names:
+            raise NothingToPrune(f"{type(self.method).__name__}: no {self.method.kind} was given for any layer that the model calls")
+        self.count = len(names)
+        self.names = list(names)
+        if self.scheme == "parallel":
+            schemes.parallel(names, self._capture, self._solve, self._write)
+        else:
+            schemes.cascade(names, self.pruned, self._capture, self._solve, self._write)
+
+    def weigh(self, network: Replica) -> None:
+        """Measures what the outputs of the layers count for in ``network``, for a method that asks."""
+        if self.method.weighs_outputs:
+            self.show.message("measuring the importance of outputs")
+            self.importance, notice = output_importance(network, list(self.graph.readings), self.batches, self.seed)
+            self.notes += [notice] if notice and notice not in self.notes else []
+
+    def allocate(self, names: Sequence[str], target: str) -> None:
+        """Shares the method's sparsity out over the layers: the method then has one for each."""
+        sparsity = self.method.targets
+        assert isinstance(sparsity, (int, float)) and is_dataclass(self.method)
+        units = self.reference.units(names)
+        sizes = {name: unit.view.weight.numel() for name, unit in units.items()}
+        each = {
+            "parameters": dict.fromkeys(names, 1.0),
+            "bytes": {name: float(self._layer(name).weight.element_size()) for name in names},
+            "macs": {name: self.found.rows[name] / self.found.samples for name in names},
+        }[target]
+        budget = (1 - sparsity) * sum(each[name] * sizes[name] for name in names)
+        curves: list[Curve] = []
+        if is_ranked(self.method):
+            kept = by_magnitude({name: unit.view.weight for name, unit in units.items()}, each, budget)
+        else:
+            known = set(names) <= self.importance.keys()
+            for index, name in enumerate(names):
+                self.show.message(f"measuring the curve of {name} ({index + 1} of {len(names)})")
+                task = self._task(name, None, min(self.max_samples, CURVE_ROWS), self.importance[name] if known else None)
+                curves.append(error_curve(self.method, task, name, each[name]))
+            kept = shared(curves, budget)
+        self.method = replace(self.method, sparsity={name: 1 - kept[name] / sizes[name] for name in names})
+        densities = ", ".join(f"{name} {kept[name] / sizes[name]:.2%}" for name in names)
+        self.notes.append(f"allocation: {1 - sparsity:.4g} of all {target} stay, shared out as densities {densities}")
+        self.shares = {"target": target, "kept": kept, "curves": {c.name: [list(c.kept), list(c.errors)] for c in curves}}
+
+    def sweep(self, names: Sequence[str], number: int) -> bool:
+        """Solves all layers again; undoes it and returns ``False`` when the outputs are not nearer to the reference's than before."""
+        before = self._discrepancy()
+        states = [copy.deepcopy(model.state_dict()) for model in (self.result, self.pruned.model)]
+        reports, claims = self.reports, self.claims
+        self.reports, self.claims, self.index = [], [], 0
+        self.weigh(self.pruned)
+        self.solve(names)
+        after = self._discrepancy()
+        better = after < before
+        self.notes.append(f"sweep {number}: discrepancy of the outputs {before:.4g} -> {after:.4g}" + ("" if better else "; undone"))
+        if not better:
+            for model, state in zip((self.result, self.pruned.model), states, strict=True):
+                model.load_state_dict(state)
+            self.reports, self.claims = reports, claims
+        return better
+
+    def _discrepancy(self) -> float:
+        """Of the pruned network's outputs from the reference's on the calibration data, relative to their norm."""
+        moved = size = 0.0
+        for batch in self.batches:
+            wanted, found = (output_tensors(network.run(batch)) for network in (self.reference, self.pruned))
+            moved += sum(float((found[key].double() - Y.double()).square().sum()) for key, Y in wanted.items())
+            size += sum(float(Y.double().square().sum()) for Y in wanted.values())
+        return math.sqrt(moved / size if size else moved)
+
+    def _layer(self, name: str) -> LayerView:
+        return view(name, dict(self.result.named_modules())[name])
+
+    def _capture(self, name: str, pruned: Replica | None) -> LayerTask:
+        self.begun = time.perf_counter()
+        self.show.begin(name, self.index, self.count)
+        return self._task(name, pruned, self.max_samples, self.importance.get(name))
+
+    def _task(self, name: str, pruned: Replica | None, max_samples: int, importance: Tensor | None) -> LayerTask:
+        return layer_task(
+            name,
+            self.reference,
+            pruned,
+            self.batches,
+            self.found,
+            max_samples=max_samples,
+            seed=self.seed,
+            correction=self.method.correction,
+            dtype=self._layer(name).dtype,
+            importance=importance,
+        )
+
+    def _solve(self, name: str, task: LayerTask) -> Solution:
+        target = self.method.target(name)
+        assert target is not None
+
+        def watch(iteration: int, distance: float, density: float) -> None:
+            self.show.update(name, iteration, distance / max(task.reference_norm, 1e-300), density)
+
+        solution = task.solve(lambda program, own: _finite(self.method.solve(program, own, watch), program), self.method.kind, target)
+        self._report(name, task, solution, target)
+        return solution
+
+    def _write(self, name: str, solution: Solution) -> None:
+        reading = self.graph.readings[name]
+        for model in (self.result, self.pruned.model):
+            unit_of(name, dict(model.named_modules()), reading).write(solution.weights, solution.bias)
+        self.index += 1
+        self.show.end(self.reports[-1])
+
+    def _report(self, name: str, program: LayerTask, solution: Solution, target: float) -> None:
+        layer, reading = self._layer(name), self.graph.readings[name]
+        notes = list(solution.notes)
+        if not layer.weight.requires_grad:
+            notes.append(
+                "its weights are frozen (requires_grad=False); they were pruned all the same and stay frozen; use ignore= to leave them"
+            )
+        if name in self.added:
+            notes.append("it was given a bias (add_bias)")
+        calls = self.found.calls[name]
+        if calls > 1:
+            notes.append(f"called {calls} times in a pass: all calls count as rows of one program")
+            if self.scheme == "cascade":
+                notes.append("its later inputs depend on itself: the certificate checks its tolerance on the finished network")
+        if solution.inflation is not None:
+            notes.append(f"tolerance: {solution.inflation:.4g} times the distance of its original weights (gamma)")
+        if solution.violation is not None:
+            notes.append(f"the largest violation of its constraints off Omega is {solution.violation:.2g}")
+        if self.found.rows[name] > program.rows:
+            notes.append(f"{program.rows} of {self.found.rows[name]} rows were used (max_samples)")
+        later = sorted(self.graph.feeding(name, self.names[self.names.index(name) + 1 :])) if self.scheme == "cascade" else []
+        if later:
+            notes.append(
+                f"its sum is changed by {', '.join(later)}, pruned after it: what is certified of the sum stands with the last of them"
+            )
+        exact = self.scheme == "parallel" or (self.method.correction == 1 and not later)
+        if self.scheme == "cascade" and self.method.correction != 1 and solution.tolerance is not None:
+            notes.append("correction below 1: the tolerance was kept to a shifted target, so the certificate states only what was achieved")
+        self.reports.append(
+            LayerReport(
+                name=name,
+                kind=layer.kind,
+                inputs=layer.shape[0],
+                outputs=layer.shape[1],
+                activation=reading.activation.name,
+                reading=reading.words,
+                target=f"{self.method.kind} {target:g}" if solution.inflation is None else f"inflation {solution.inflation:g}",
+                status=solution.status,
+                nonzeros=int((solution.weights != 0).sum()),
+                weights=solution.weights.numel(),
+                rows=program.rows,
+                reference_norm=program.reference_norm,
+                distance=solution.distance,
+                tolerance=solution.tolerance,
+                original_distance=program.original_distance(),
+                gap=solution.gap,
+                iterations=solution.iterations,
+                seconds=time.perf_counter() - self.begun,
+                dead_inputs=program.dead_inputs(),
+                notes=tuple(notes),
+                violation=solution.violation,
+            )
+        )
+        kind = self.method.certified_program if solution.gap is not None and exact else ""
+        level = solution.tolerance_used if kind == "epsilon" else solution.penalty
+        self.claims.append(
+            Claim(
+                name=name,
+                activation=reading.activation,
+                tolerance=solution.tolerance_used if exact else None,
+                gap_kind=kind,
+                gap_level=level if kind and level is not None else 0.0,
+                source=reading.source,
+            )
+        )
+
+    def certify(self, notice: str) -> Certificate:
+        setup = Setup(
+            method=self.method.describe(),
+            program=self.method.program,
+            scheme=self.scheme,
+            arithmetic=notice or "float64",
+            max_samples=self.max_samples,
+            seed=self.seed,
+            reference_hash=hashes(self.original),
+            weights_hash=hashes(self.result),
+        )
+        return certify(self.reference, self.pruned, self.claims, self.graph, self.batches, self.found, setup)
+
+
+def _finite(solution: Solution, program: LayerProgram) -> Solution:
+    """The solution, or the original weights when it holds values that the layer's dtype cannot."""
+    parts = (solution.weights, *(() if solution.bias is None else (solution.bias,)))
+    if all(bool(torch.isfinite(part).all()) for part in parts):
+        return solution
+    distance = program.original_distance()
+    return replace(
+        solution,
+        weights=program.weights.to(program.dtype),
+        bias=None if program.bias is None else program.bias.to(program.dtype),
+        status=Status.SKIPPED,
+        distance=distance,
+        tolerance_used=None if solution.tolerance is None else max(solution.tolerance, distance),
+        gap=None,
+        notes=(*solution.notes, f"the solution holds values beyond the range of {program.dtype}: left as it was; prune it in float32"),
+    )
