@@ -197,3 +197,33 @@ def test_weights_of_inputs_that_hardly_vary_stay_small() -> None:
     assert float(free.weights.abs().max()) > 10 * largest
     assert float(held.weights.abs().max()) < 4 * largest
     assert held.distance == pytest.approx(q.distance(held.weights, held.bias))
+
+
+def test_rare_inputs_are_not_sampled() -> None:
+    """An input that is active in a single row: all of its curvature is in one part, and a step on that part would overshoot."""
+    p = layer(4000, 12, 6, seed=1, dtype=torch.float32)
+    inputs = p.inputs.clone()
+    inputs[:, 3] = 0.0
+    inputs[17, 3] = 5.0
+    rare = from_rows(inputs, RELU.apply(inputs @ p.weights + p.bias), RELU, p.weights, p.bias)
+    common, single = (standardise(q, ridge=0.001, shuffled=True) for q in (p, rare))
+    assert l0.row_parts(common) == 8 and l0.row_parts(single) <= 2 and l0.row_parts(standardise(p)) == 1
+    unshuffled = standardise(rare, ridge=0.001)
+    assert l0.within_budget(single, 30).distance == pytest.approx(l0.within_budget(unshuffled, 30).distance, rel=0.02)
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+def test_curvature_is_the_largest_eigenvalue(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(l0, "MOST_CURVATURE", math.inf)
+    s = standardise(layer(600, 10, 3, seed=2), torch.float64, shuffled=True)
+    root = torch.linalg.inv(torch.linalg.cholesky(s.gram + 0.03 * torch.eye(10, dtype=torch.float64)))
+    largest = max(float(torch.linalg.eigvalsh(root @ (parts * A.T @ A) @ root.T)[-1]) for A in torch.split(s.A, len(s.A) // parts))
+    assert l0.curvature(s, parts, steps=200) == pytest.approx(largest, rel=1e-3)
+
+
+def test_parts_of_the_rows_come_near_all_of_them() -> None:
+    p = layer(6000, 40, 10, seed=3, rank=25, noise=0.3, dtype=torch.float32)
+    s = standardise(p, ridge=0.001, shuffled=True)
+    assert l0.row_parts(s) > 1
+    for k in (40, 120, 240):
+        assert l0.within_budget(s, k).distance <= 1.02 * l0.within_budget(s, k, parts=1).distance

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..patterns import UNSTRUCTURED, Pattern
@@ -21,7 +22,8 @@ from .polish import polish
 CHECK_EVERY = 3  # as in ALPS: the support is compared every three iterations
 MOST_PARTS = 8  # an iteration looks at an eighth of the rows at least,
 LEAST_ROWS, ROWS_PER_INPUT = 500, 3  # and at so many rows, in all and for each input: fewer are fitted one part after the other
-FALLS, PATIENCE, NEARLY_STILL = 0.9, 5, 0.1  # so many checks without such a fall of a small change: what is left is noise of the parts
+MOST_CURVATURE = 2.0
+FALLS, PATIENCE, NEARLY_STILL = 0.9, 5, 0.005  # so many checks without such a fall of a small change: what is left is noise of the parts
 POLISH_STEPS, POLISH_GAIN = 6, 1e-3  # the loop ends near the polished weights: more of it gains less than this
 TRY_ALL = 32  # weights up to which the penalised program tries every count
 
@@ -60,20 +62,25 @@ def within_budget(
     ridge: float = 0.01,
     max_iterations: int = 300,
     polish_rounds: int = 6,
-    schedule: Schedule = CAREFUL,
+    schedule: Schedule | None = None,
     pattern: Pattern = UNSTRUCTURED,
+    parts: int | None = None,
     watch: Watch | None = None,
 ) -> L0Result:
     """``min dist(A W + e b^T, [lo, hi])  subject to  ||W||_0 <= k, W in the pattern`` (design section 3).
 
     ADMM on the majorised distance, whose gradient is taken from a part of the rows in each iteration where there are many, with a
     penalty that grows as the support settles, from a small ``ridge`` towards the original weights (in units of the mean diagonal of the
-    Gram matrix, which is 1), then the polish on the support that was found.
+    Gram matrix, which is 1), then the polish on the support that was found. Where all boxes are points the target never moves, and the
+    iterations do without the rows. ``schedule``: by default ``CAREFUL``, or ``BRISK`` where all boxes are points. ``parts``: what
+    :func:`row_parts` gives, where that is known already.
     """
     p = program
     k = min(k, pattern.capacity(p.live, p.U0.shape[1]))
     loop = GramADMM(p, p.U0)
-    parts = row_parts(p)
+    fixed = bool(torch.equal(p.lo, p.hi))
+    schedule = schedule or (BRISK if fixed else CAREFUL)
+    parts = 1 if fixed else parts or row_parts(p)
     mask = pattern.mask(p.U0, k, p.live)
     loop.D = p.U0 * mask
     beta, iteration, settled = schedule.start, 0, False
@@ -85,7 +92,8 @@ def within_budget(
 
     previous, least, stale = mask, 1.0, 0
     while iteration < max_iterations and not settled:
-        reached = loop.refresh(iteration % parts, parts)
+        if iteration == 0 or not fixed:
+            reached = loop.refresh(iteration % parts, parts)
         iteration += 1
         loop.majorised_step(keep, beta, ridge)
         if iteration % CHECK_EVERY == 0:
@@ -98,7 +106,8 @@ def within_budget(
             beta *= factor
             loop.V /= factor  # the multiplier itself stays
             if watch is not None:
-                watch(iteration, math.hypot(reached, math.sqrt(p.unreachable)), k / max(p.source.weights.numel(), 1))
+                now = p.distance(loop.D, loop.c) if fixed else math.hypot(reached, math.sqrt(p.unreachable))
+                watch(iteration, now, k / max(p.source.weights.numel(), 1))
     U, c, distance = polish(p, loop.D, loop.c, support=mask, rounds=polish_rounds, steps=POLISH_STEPS, tolerance=POLISH_GAIN)
     return L0Result(U, c, k, distance, iteration, settled)
 
@@ -136,9 +145,39 @@ def path(program: StandardProgram, budgets: Sequence[int]) -> list[float]:
 
 
 def row_parts(program: StandardProgram) -> int:
-    """Into how many parts the rows are split, of which each iteration looks at one: 1 where their order is not random."""
+    """Into how many parts the rows are split, of which each iteration looks at one: 1 where their order is not random.
+
+    A part's curvature relative to the Gram matrix must stay below 2, beyond which a step overshoots: an input that is active in few rows
+    has all of its curvature in one part.
+    """
     P, N = program.A.shape
-    return 1 if not program.shuffled else max(1, min(MOST_PARTS, P // max(LEAST_ROWS, ROWS_PER_INPUT * N)))
+    if not program.shuffled or not N:
+        return 1
+    parts = max(1, min(MOST_PARTS, P // max(LEAST_ROWS, ROWS_PER_INPUT * N)))
+    while parts > 1 and curvature(program, parts) > MOST_CURVATURE:
+        parts //= 2
+    return parts
+
+
+def curvature(program: StandardProgram, parts: int, damping: float = 0.03, steps: int = 15) -> float:
+    """The largest eigenvalue of ``(G + damping)^-1/2 (P / |q|) A_q^T A_q (G + damping)^-1/2`` over the parts ``q`` of the rows, by the
+    power method, or the first that is found to exceed ``MOST_CURVATURE``."""
+    p = program
+    P, N = p.A.shape
+    root = (p.values + damping).rsqrt()
+    start = torch.randn(N, generator=torch.Generator().manual_seed(0), dtype=p.A.dtype).to(p.A.device)
+    largest = 0.0
+    for part in range(parts):
+        A = p.A[part * P // parts : (part + 1) * P // parts]
+        x, size = start, 0.0
+        for _ in range(steps):
+            x = x / torch.linalg.vector_norm(x)
+            x = root * (p.vectors.T @ (A.T @ (A @ (p.vectors @ (root * x))))) * (P / len(A))
+            size = float(torch.linalg.vector_norm(x))  # never above the eigenvalue
+            if size > MOST_CURVATURE:
+                return size
+        largest = max(largest, size)
+    return largest
 
 
 def within_tolerance(
@@ -159,11 +198,11 @@ def within_tolerance(
     """
     p = program
     full, unit = pattern.capacity(p.live, p.U0.shape[1]), pattern.unit(*p.source.weights.shape)
-    iterations = 0
+    iterations, parts = 0, row_parts(p)
 
     def solve(k: int) -> tuple[L0Result, float]:
         nonlocal iterations
-        result = within_budget(p, k, ridge=ridge, max_iterations=max_iterations, schedule=BRISK, pattern=pattern, watch=watch)
+        result = within_budget(p, k, ridge=ridge, max_iterations=max_iterations, schedule=BRISK, pattern=pattern, parts=parts, watch=watch)
         iterations += result.iterations
         # what counts is the distance of the weights as they are stored
         return result, p.source.distance(*p.restore(result.U, result.c))
