@@ -97,9 +97,9 @@ def test_user_model_is_untouched_after_an_error(error: BaseException, where: str
     elif where == "model":
         model[3].forward = _after(fail, 6)  # type: ignore[method-assign]
     elif where == "pass":
-        monkeypatch.setattr("nettrim.pruning.layer_task", fail)
+        monkeypatch.setattr("nettrim.run.layer_task", fail)
     else:
-        monkeypatch.setattr("nettrim.pruning.certify", fail)
+        monkeypatch.setattr("nettrim.run.certify", fail)
     before = Snapshot(model)
     with pytest.raises((type(error), InvalidInput)):
         prune(model, data().split(20), NetTrim(epsilon=0.1), progress=False)

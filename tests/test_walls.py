@@ -33,6 +33,7 @@ NETWORKS = (
     "recertify",
     "compare",
     "run",
+    "alternating",
     "importance",
     "allocation",
     "bound_steps",

@@ -18,7 +18,7 @@ from .status import InvalidInput
 from .tasks import LayerTask
 
 DENSITIES = (0.9, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.055, 0.035, 0.022, 0.014, 0.009, 0.006, 0.004)
-CURVE_ROWS = 4096  # most rows of a layer that its curve is measured on
+CURVE_ROWS = 2048  # most rows of a layer that its curve is measured on
 TARGETS = ("parameters", "bytes", "macs")
 
 

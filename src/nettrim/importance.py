@@ -27,11 +27,11 @@ def output_importance(network: Replica, names: Sequence[str], batches: Calibrati
     found: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
     units = network.units(names)
-    generator = torch.Generator().manual_seed(seed)
+    signs = _Signs(seed)
     samples = 0
     try:
         for batch in batches:
-            for name, gradient in _gradients(network, names, batch, generator):
+            for name, gradient in _gradients(network, names, batch, signs):
                 G = units[name].view.outputs(gradient).double()
                 found[name] = found.get(name, 0.0) + G.square().sum(0)
                 rows[name] = rows.get(name, 0) + len(G)
@@ -49,7 +49,20 @@ def output_importance(network: Replica, names: Sequence[str], batches: Calibrati
     return {name: h for name, h in found.items() if bool(torch.isfinite(h).all()) and float(h.max()) > 0}, ""
 
 
-def _gradients(network: Replica, names: Sequence[str], batch: Any, generator: torch.Generator) -> list[tuple[str, Tensor]]:
+class _Signs:
+    """Random signs for each output and probe, the same for a sample whatever batch it comes in."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.generators: dict[tuple[int, int], torch.Generator] = {}
+
+    def like(self, Y: Tensor, probe: int, output: int) -> Tensor:
+        """Signs of the form of ``Y``, drawn from where the last batch's ended."""
+        made = self.generators.setdefault((probe, output), torch.Generator().manual_seed(1000 * self.seed + 10 * output + probe))
+        return (torch.randint(0, 2, Y.shape, generator=made) * 2 - 1).to(Y)
+
+
+def _gradients(network: Replica, names: Sequence[str], batch: Any, signs: _Signs) -> list[tuple[str, Tensor]]:
     """Gradients of random signed sums of the network's outputs with respect to every call of the layers, for one batch."""
     modules = dict(network.model.named_modules())
     calls: list[tuple[str, Tensor]] = []
@@ -75,8 +88,8 @@ def _gradients(network: Replica, names: Sequence[str], batch: Any, generator: to
                 return []
             found: list[tuple[str, Tensor]] = []
             for probe in range(PROBES):
-                signs = [(torch.randint(0, 2, Y.shape, generator=generator) * 2 - 1).to(Y) for Y in reached]
-                given = torch.autograd.grad(reached, [y for _, y in calls], signs, retain_graph=probe < PROBES - 1, allow_unused=True)
+                drawn = [signs.like(Y, probe, output) for output, Y in enumerate(reached)]
+                given = torch.autograd.grad(reached, [y for _, y in calls], drawn, retain_graph=probe < PROBES - 1, allow_unused=True)
                 found += [(name, g) for (name, _), g in zip(calls, given, strict=True) if g is not None]
             return found
     finally:

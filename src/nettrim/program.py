@@ -339,9 +339,11 @@ def dead_inputs(program: LayerProgram) -> int:
     """How many inputs never vary (without a bias: are always zero); their weights are zero in every solution."""
     A, e = program.inputs, program.bias_column
     norm = torch.linalg.vector_norm(A, dim=0)
-    if e is not None:
-        A = A - torch.outer(e, (e @ A) / e.square().sum())
-    return int((~_live(torch.linalg.vector_norm(A, dim=0), norm)).sum())
+    if e is not None and bool((e == 1).all()):
+        scale = A.var(0, correction=0).mul(len(A)).sqrt()
+    else:
+        scale = norm if e is None else torch.linalg.vector_norm(A - torch.outer(e, (e @ A) / e.square().sum()), dim=0)
+    return int((~_live(scale, norm)).sum())
 
 
 def standardise(
@@ -392,7 +394,7 @@ def standardise(
         order = torch.randperm(len(A), generator=torch.Generator().manual_seed(0)).to(A.device)
         A, lo, hi, e = A[order], lo[order], hi[order], None if e is None else e[order]
     columns = None
-    if weighted and program.importance is not None:
+    if weighted and program.importance is not None and float(program.importance.max()) > 0:
         columns = (program.importance / program.importance.mean()).clamp(min=LEAST_IMPORTANCE).sqrt()
         lo, hi = lo * columns, hi * columns
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2) if len(scale) else (scale, gram)

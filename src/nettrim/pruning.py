@@ -88,7 +88,8 @@ def prune(
             ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj`` of that module, whatever parameters it keeps them in.
         calibration: unlabelled batches that can be read more than once: tensors, tuples whose first item is the input, or mappings of
             keyword inputs; or one tensor with samples along its first dimension.
-        method: ``NetTrim(...)``, or one to measure against: ``Magnitude``, ``Random``, ``Wanda``, ``OBS``, ``SparseGPT``, ``LinearADMM``.
+        method: ``NetTrim(...)``, or one to measure against: ``Magnitude``, ``Random``, ``Wanda``, ``OBS``, ``SparseGPT``,
+            ``LinearADMM``, ``LOBS``.
         scheme: ``"parallel"`` (every layer sees the reference network's inputs) or ``"cascade"`` (the pruned network's).
         allocation: ``"uniform"`` gives every layer the method's target. ``"global"`` shares one sparsity out over all pruned layers so that
             the network's outputs move least, from a curve of error against density measured for each layer (magnitude pruning: by one

@@ -40,7 +40,8 @@ Progress = Callable[[int, int, str], None]
 class Plan:
     """How a network is trimmed: rounds, layers that are left as they are, and what retrains it after each round.
 
-    The published experiment left LeNet's first convolution alone.
+    The published experiments trimmed LeNet's second convolution and first fully connected layer, and of VGG-16 the same two kinds:
+    the last convolution and the layer behind it.
     """
 
     rounds: int
@@ -50,8 +51,9 @@ class Plan:
     learning_rate: float
 
 
-PLANS = {"lenet5": Plan(8, ("conv1",), 3, 256, 2e-3), "vgg_like": Plan(5, (), 2, 128, 0.02)}
-QUICK_PLANS = {"lenet5": Plan(3, ("conv1",), 2, 128, 1e-3), "vgg_like": Plan(1, (), 1, 128, 0.02)}
+_EARLY = ("conv1_1", "conv1_2", "conv2_1", "conv2_2", "conv3_1")
+PLANS = {"lenet5": Plan(8, ("conv1",), 3, 256, 2e-3), "vgg_like": Plan(5, _EARLY, 3, 128, 0.05)}
+QUICK_PLANS = {"lenet5": Plan(3, ("conv1",), 2, 128, 1e-3), "vgg_like": Plan(1, _EARLY, 1, 128, 0.02)}
 
 
 @dataclass(frozen=True)
