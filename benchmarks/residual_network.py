@@ -41,7 +41,7 @@ NETWORK = "resnet20_b"
 SPARSITIES = (0.7, 0.9, 0.95)
 IMAGES, MORE_IMAGES, PATCHES = 500, 1000, 10_000
 BATCH = 100  # divides the numbers of images: re-estimated statistics are means over batches, which must weigh the same
-FULL, LINEAR = "Net-Trim", "both off"  # the two whose times are compared
+FULL, LINEAR, ALPS = "Net-Trim", "both off", "LinearADMM"  # the times of the first are compared with those of the others
 OTHERS = ("Wanda", "OBS", "SparseGPT", "LinearADMM")
 
 
@@ -101,7 +101,12 @@ def runs(sparsity: float) -> list[Run]:
         Run("Magnitude", nettrim.Magnitude(sparsity=sparsity)),
     ]
     found += [Run(name, getattr(methods, name)(sparsity=sparsity)) for name in OTHERS if hasattr(methods, name)]
-    return [*found, Run(f"{FULL}, {MORE_IMAGES:,} images", ours, images=MORE_IMAGES)]
+    return [
+        *found,
+        Run(f"{FULL}, {MORE_IMAGES:,} images", ours, images=MORE_IMAGES),
+        Run(f"{FULL}, one sweep", ours, options={"sweeps": 1}),
+        Run(f"{FULL}, global", ours, options={"allocation": "global"}),
+    ]
 
 
 @dataclass(frozen=True)
@@ -241,7 +246,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=None, help="folder with the Fashion-MNIST files")
     parser.add_argument("--sparsity", type=float, nargs="+", default=list(SPARSITIES))
     parser.add_argument("--only", nargs="+", default=None, metavar="RUN", help="names of the runs to make; the others' results are kept")
-    parser.add_argument("--repeats", type=int, default=2, help="of the two runs whose times are compared")
+    parser.add_argument("--repeats", type=int, default=2, help="of the runs whose times are compared")
     options = parser.parse_args()
     console = Console(stderr=True)
     for name in OTHERS:
@@ -257,7 +262,7 @@ def main() -> None:
         for run in runs(sparsity):
             if options.only and run.label not in options.only:
                 continue
-            measured = repeated(network, dataset.train_images, run, options.repeats if run.label in (FULL, LINEAR) else 1)
+            measured = repeated(network, dataset.train_images, run, options.repeats if run.label in (FULL, LINEAR, ALPS) else 1)
             rows[sparsity, run.label] = found = row(sparsity, run, measured, judge)
             order = sorted(rows.values(), key=lambda made: made["sparsity"])
             facts = {"network": NETWORK, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "dense": dense, "rows": order}
@@ -265,17 +270,18 @@ def main() -> None:
             console.print(f"{sparsity:.0%} {run.label}: {found['accuracy']:.2%}, {found['seconds']:.1f} s")
     facts = json.loads(path.read_text())
     Console(width=170).print(table(facts))
-    for sparsity, ratio in ratios(facts["rows"]).items():
-        print(f"time of {FULL} / linear matching at {sparsity:.0%}: {ratio['seconds']:.2f} (CPU {ratio['cpu_seconds']:.2f})")
+    for other in (ALPS, LINEAR):
+        for sparsity, ratio in ratios(facts["rows"], other).items():
+            print(f"time of {FULL} / {other} at {sparsity:.0%}: {ratio['seconds']:.2f} (CPU {ratio['cpu_seconds']:.2f})")
 
 
-def ratios(rows: list[dict[str, Any]]) -> dict[float, dict[str, float]]:
-    """By sparsity: times of the full program over those of the linear one."""
+def ratios(rows: list[dict[str, Any]], other: str = LINEAR) -> dict[float, dict[str, float]]:
+    """By sparsity: times of the full program over those of another run."""
     times = {(one["sparsity"], one["label"]): one for one in rows}
     return {
-        sparsity: {key: times[sparsity, FULL][key] / times[sparsity, LINEAR][key] for key in ("seconds", "cpu_seconds", "layer_seconds")}
+        sparsity: {key: times[sparsity, FULL][key] / times[sparsity, other][key] for key in ("seconds", "cpu_seconds", "layer_seconds")}
         for sparsity in dict.fromkeys(one["sparsity"] for one in rows)
-        if {(sparsity, FULL), (sparsity, LINEAR)} <= times.keys()
+        if {(sparsity, FULL), (sparsity, other)} <= times.keys()
     }
 
 

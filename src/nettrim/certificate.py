@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from scipy.stats import beta
+from scipy.special import betaincinv
 from torch import Tensor
 
 from .duality import DualPoint, relative_gap
@@ -271,4 +271,4 @@ def clopper_pearson_upper(events: int, samples: int, confidence: float) -> float
         raise InvalidInput(f"events must lie in [0, samples] with at least one sample, found {events} of {samples}")
     if events == samples:
         return 1.0
-    return float(beta.ppf(confidence, events + 1, samples - events))
+    return float(betaincinv(events + 1, samples - events, confidence))

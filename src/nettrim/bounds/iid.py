@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from scipy.special import betaincinv
-from scipy.stats import norm
+from scipy.special import betaincinv, ndtr, ndtri
 
 from ..status import InvalidInput
 from .masks import removed_count
@@ -53,18 +52,18 @@ class Entries:
         """For standard deviation 1, the t with ``P(|w| <= t) = probability``."""
         if self.kind == "uniform":
             return math.sqrt(3) * probability
-        return float(norm.isf((1 - probability) / 2))
+        return -float(ndtri((1 - probability) / 2))
 
     def above(self, probability: float) -> float:
         """The t with ``P(|w| > t) = probability``; the largest possible |w| where there is one."""
-        return math.sqrt(3) if self.kind == "uniform" else float(norm.isf(probability / 2))
+        return math.sqrt(3) if self.kind == "uniform" else -float(ndtri(probability / 2))
 
     def moments(self, t: float) -> tuple[float, float]:
         """``E w^2 1[|w| <= t]`` and ``E w^4 1[|w| <= t]`` for standard deviation 1."""
         if self.kind == "uniform":
             t = min(t, math.sqrt(3))
             return t**3 / (3 * math.sqrt(3)), t**5 / (5 * math.sqrt(3))
-        inside, density = 1 - 2 * float(norm.sf(t)), float(norm.pdf(t))
+        inside, density = 1 - 2 * float(ndtr(-t)), math.exp(-(t**2) / 2) / math.sqrt(2 * math.pi)
         # for small t both are differences of nearly equal numbers; t^2 and t^4 times the probability are bounds, too
         second = min(max(0.0, inside - 2 * t * density) + 1e-15, t * t * inside)
         return second, min(max(0.0, 3 * inside - 2 * density * (t**3 + 3 * t)) + 1e-15, t**4 * inside)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from scipy.stats import binom
+from scipy.special import gammaln, xlog1py, xlogy
 
 from ..recovery import finite_number
 from ..status import InvalidInput
@@ -105,5 +105,7 @@ def fixed_count_factor(removed: int, weights: int) -> float:
         return 1.0  # nothing is random
     least = max(1, math.ceil(FEW * weights))
     count = min(removed, weights - removed, least)
-    same = float(binom.pmf(count, weights, count / weights))
+    share = count / weights
+    chosen = gammaln(weights + 1) - gammaln(count + 1) - gammaln(weights - count + 1)  # logarithm of the number of masks
+    same = math.exp(float(chosen + xlogy(count, share) + xlog1py(weights - count, -share)))
     return 1.0 / (1.0 - same)
