@@ -34,7 +34,7 @@ benchmarks: $(DATA_STAMP)
 	$(BIN)/python benchmarks/whole_network.py
 
 reproduce: $(DATA_STAMP)
-	for name in recovery spirals mnist-fc mnist-lenet-fc cascade-vs-parallel robustness; do \
+	for name in recovery spirals mnist-fc mnist-lenet-fc cascade-vs-parallel robustness bounds lobs network-trimming; do \
 		$(BIN)/nettrim reproduce $$name --output out/reproduce || exit 1; done
 
 $(BIN)/python:
