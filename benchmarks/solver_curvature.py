@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def curvatures(layer: LayerProgram, name: str, sparsity: float = 0.9) -> list[di
     p = standardise(layer, power=1.0, ridge=NetTrim.ridge, shuffled=True)
     found: list[dict[str, Any]] = []
     for parts in PARTS:
-        loop = iterate(p, round((1 - sparsity) * layer.weights.numel()), Loop(most_parts=parts, rows_per_input=0, still=CALM))
+        settings = Loop(most_parts=parts, rows_per_input=0, curvature=math.inf, still=CALM)
+        loop = iterate(p, round((1 - sparsity) * layer.weights.numel()), settings)
         W, b, _ = finish(p, loop, Polish())
         one = {"layer": name, "shape": list(layer.shape), "parts": parts, "used_now": l0.row_parts(p), "curvature": curvature(p, parts)}
         found.append(one | {"distance": layer.distance(W, b), "iterations": loop.iterations})

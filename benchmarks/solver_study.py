@@ -55,7 +55,7 @@ MOST_STEPS = 500
 BETWEEN = Schedule(0.025, ((0.1, 1.11), (0.005, 1.07), (0.0, 1.04)))
 QUICKER = Schedule(0.05, ((0.1, 1.2), (0.005, 1.15), (0.0, 1.08)))
 ALPS = Schedule(0.1, ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1)))
-STILL = 0.02  # a change of the support below which further noise ends the iteration: the base of all variants
+STILL = l0.NEARLY_STILL
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Loop:
     schedule: Schedule = CAREFUL
     most_parts: int = l0.MOST_PARTS
     rows_per_input: int = l0.ROWS_PER_INPUT
+    curvature: float = l0.MOST_CURVATURE  # of a part, at most
     every: int = 1
     still: float = STILL
     weight_ridge: float = 0.01
@@ -102,7 +103,7 @@ def variants() -> list[Variant]:
     found += [Variant("parts of the rows, at most", str(n), Loop(most_parts=n)) for n in (1, 2, 4, 16)]
     found += [Variant("rows of a part, for each input", str(n), Loop(rows_per_input=n)) for n in (2, 5)]
     found += [Variant("all rows in every r-th step", f"r = {n}", Loop(most_parts=1, every=n)) for n in (2, 4, 8)]
-    found += [Variant("support nearly still below", f"{share:g}", Loop(still=share)) for share in (0.1, 0.005)]
+    found += [Variant("support nearly still below", f"{share:g}", Loop(still=share)) for share in (0.1, 0.02)]
     shapes = [(0, 6), (1, 6), (2, 6), (12, 6), (6, 3), (6, 15), (12, 30)]
     found += [Variant("polish, rounds x steps", f"{a} x {b}", polish=Polish(rounds=a, steps=b)) for a, b in shapes]
     found += [Variant("polish, least gain", f"{gain:g}", polish=Polish(gain=gain)) for gain in (1e-2, 1e-4)]
@@ -190,6 +191,8 @@ def iterate(p: StandardProgram, k: int, settings: Loop) -> Found:
     start = time.process_time()
     P, N = p.A.shape
     parts = max(1, min(settings.most_parts, P // max(l0.LEAST_ROWS, settings.rows_per_input * N)))
+    while parts > 1 and settings.curvature < math.inf and l0.curvature(p, parts) > settings.curvature:
+        parts //= 2
     loop = GramADMM(p, p.U0)
     mask = UNSTRUCTURED.mask(p.U0, k, p.live)
     loop.D = p.U0 * mask
@@ -229,7 +232,7 @@ def finish(p: StandardProgram, found: Found, settings: Polish) -> tuple[Tensor, 
 
 def check_same_loop(p: StandardProgram, k: int) -> None:
     """Refuses to go on when the loop here, with the defaults, is not the solver's any more."""
-    own, _, _ = finish(p, iterate(p, k, Loop(still=l0.NEARLY_STILL)), Polish())
+    own, _, _ = finish(p, iterate(p, k, Loop()), Polish())
     theirs = l0.within_budget(p, k, max_iterations=MOST_STEPS)
     if not torch.equal(own, p.restore(theirs.U, theirs.c)[0]):
         raise SystemExit("the study's loop with the defaults does not give what nettrim.solvers.l0 gives: bring it up to date")
