@@ -46,7 +46,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "95/95/80 %, Wanda": {"method": nettrim.Wanda(sparsity=EVEN)},
     "95/95/80 %, magnitude": {"method": nettrim.Magnitude(sparsity=EVEN)},
     "98/95/80 %, linear ADMM": {"method": nettrim.LinearADMM(sparsity=BUDGET)},
-    "98/95/80 %, OBS": {"method": nettrim.OBS(sparsity=BUDGET)},
     "98/95/80 %, magnitude": {"method": nettrim.Magnitude(sparsity=BUDGET)},
     "epsilon 5 %, l1": {"method": nettrim.NetTrim(epsilon=0.05)},
     "epsilon 5 %, l1, polished": {"method": nettrim.NetTrim(epsilon=0.05, polish=True)},
