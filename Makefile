@@ -29,11 +29,11 @@ test: $(DEV_STAMP)
 slow: $(DEV_STAMP)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m slow
 
-benchmarks: $(DATA_STAMP)
+benchmarks: $(DEV_STAMP)
 	for name in first_layer whole_network residual_network patches patterns_zoo single_layers solver_study solver_curvature compaction tables; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 
-reproduce: $(DATA_STAMP)
+reproduce: $(DEV_STAMP)
 	for name in recovery spirals mnist-fc mnist-lenet-fc cascade-vs-parallel robustness bounds lobs network-trimming; do \
 		$(BIN)/nettrim reproduce $$name --output out/reproduce || exit 1; done
 
