@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -179,7 +180,8 @@ def test_bad_input_ends_with_2_and_names_the_thing(workplace: Path, arguments: t
 def test_interruption_leaves_earlier_output(workplace: Path, pruned: Path) -> None:
     before = {path.name: path.read_bytes() for path in pruned.iterdir()}
     command = [sys.executable, "-m", "nettrim", "prune", "mine:slow", "--data", "mine:batches", "--epsilon", "0.1", "--output", "out"]
-    running = subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored by what runs in the background
+    running = subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=heard)
     assert running.stderr is not None
     assert "reading the calibration data" in running.stderr.readline()
     time.sleep(0.3)

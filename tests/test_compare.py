@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -270,7 +271,10 @@ def test_the_real_command_interrupted_and_continued(workplace: Path) -> None:
     command = [sys.executable, "-m", "nettrim", "compare", "compared:Slow", "--data", "calibration.npy", "--output", "slow"]
     command += ["--methods", "magnitude", "random", "--sparsity", "0.3", "0.6", "0.9"]
     environment = {**os.environ, "PYTHONWARNINGS": "error", "NO_COLOR": "1"}
-    running = subprocess.Popen(command, cwd=workplace, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored by what runs in the background
+    running = subprocess.Popen(
+        command, cwd=workplace, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    )
     path = workplace / "slow" / JOURNAL
     deadline = time.monotonic() + 100
     while not (path.exists() and path.read_text().count("\n") >= 2) and running.poll() is None and time.monotonic() < deadline:
