@@ -39,7 +39,7 @@ def test_shares_are_as_good_as_any(layers: list[tuple[float, float, float]], sha
     tables = [c.fine() for c in curves]
     value = {c.name: dict(zip(k.tolist(), e.tolist(), strict=True)) for c, (k, e) in zip(curves, tables, strict=True)}
     spent = sum(c.cost * kept[c.name] for c in curves)
-    assert spent <= budget + 1e-9 or all(k == 1 for k in kept.values())
+    assert spent <= budget + 1e-9 or all(k == 1 for k in kept.values())  # check_budget refuses the second before
     if spent <= budget + 1e-9:
         assert all(spent + c.cost > budget + 1e-9 for c in curves if kept[c.name] < c.weights)  # nothing is left over
         found = sum(value[c.name][kept[c.name]] for c in curves)
@@ -162,6 +162,7 @@ def test_sweeps_behind_batch_norm_see_the_branch_as_it_is() -> None:
         ({"method": nettrim.NetTrim(epsilon=0.1), "allocation": "global"}, "shares one sparsity"),
         ({"method": nettrim.NetTrim(sparsity={"3": 0.5}), "allocation": "global"}, "shares one sparsity"),
         ({"method": nettrim.NetTrim(pattern="2:4"), "allocation": "global"}, "pattern '2:4'"),
+        ({"method": nettrim.NetTrim(sparsity=0.9995), "allocation": "global"}, "one weight in each of the 3 layers"),
         ({"sweeps": -1}, "sweeps must be"),
         ({"sweeps": 1, "scheme": "parallel"}, "scheme='cascade'"),
         ({"sweeps": 1, "method": nettrim.Magnitude(sparsity=0.5)}, "importance='output'"),

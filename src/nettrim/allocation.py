@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .methods import Magnitude, Method, NetTrim
+from .preimage import nearest_point
 from .program import LayerProgram, standardise
 from .solvers import l0
 from .status import InvalidInput
@@ -72,7 +73,7 @@ def _errors(method: Method, program: LayerProgram, kept: Sequence[int]) -> NDArr
     for k in kept:
         solution = method.solve(program, 1 - k / program.weights.numel())
         Z = program.preactivation(solution.weights, solution.bias)
-        square = (Z - torch.minimum(torch.maximum(Z, program.lo), program.hi)).square().sum(0)
+        square = (Z - nearest_point(Z, program.lo, program.hi)).square().sum(0)
         found.append(float(square.sum()) / program.reference_norm**2 if h is None else float((h * square).sum()) / program.rows)
     return np.asarray(found)
 
@@ -110,7 +111,7 @@ def shared(curves: Sequence[Curve], budget: float) -> dict[str, int]:
 def by_magnitude(weights: Mapping[str, Tensor], costs: Mapping[str, float], budget: float) -> dict[str, int]:
     """How many weights each layer keeps when the largest magnitudes of all layers stay: magnitude pruning with one threshold.
 
-    A layer that would lose all of them keeps one, beyond the budget.
+    A layer that would lose all of them keeps one; that can exceed the budget by one weight of each layer.
     """
     names = list(weights)
     magnitudes = torch.cat([weights[name].detach().double().abs().flatten().cpu() for name in names])
@@ -119,6 +120,16 @@ def by_magnitude(weights: Mapping[str, Tensor], costs: Mapping[str, float], budg
     spent = torch.tensor([costs[name] for name in names], dtype=torch.float64)[owners[order]].cumsum(0)
     kept = torch.bincount(owners[order[: int((spent <= budget * (1 + 1e-12)).sum())]], minlength=len(names))
     return {name: max(1, int(count)) for name, count in zip(names, kept, strict=True)}
+
+
+def check_budget(costs: Mapping[str, float], budget: float, target: str) -> None:
+    """Refuses a budget that does not leave one weight in each layer."""
+    least = sum(costs.values())
+    if least > budget:
+        raise InvalidInput(
+            f"allocation='global': the sparsity leaves {budget:.4g} {target}, but one weight in each of the {len(costs)} layers takes "
+            f"{least:.4g}; lower the sparsity, or leave layers out with ignore="
+        )
 
 
 def check_allocation(method: Method, allocation: object, target: object, sweeps: object, scheme: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import schemes
-from .allocation import CURVE_ROWS, Curve, by_magnitude, error_curve, is_ranked, shared
+from .allocation import CURVE_ROWS, Curve, by_magnitude, check_budget, error_curve, is_ranked, shared
 from .attention import in_attention
 from .calibration import Calibration, output_tensors
 from .capture import Replica, Scan, hashes, layer_task, replicate
@@ -103,12 +103,16 @@ class Run:
             "bytes": {name: float(self._layer(name).weight.element_size()) for name in names},
             "macs": {name: self.found.rows[name] / self.found.samples for name in names},
         }[target]
-        budget = (1 - sparsity) * sum(each[name] * sizes[name] for name in names)
+        whole = sum(each[name] * sizes[name] for name in names)
+        budget = (1 - sparsity) * whole
+        check_budget(each, budget, target)
         curves: list[Curve] = []
         if is_ranked(self.method):
             kept = by_magnitude({name: unit.view.weight for name, unit in units.items()}, each, budget)
         else:
             known = set(names) <= self.importance.keys()
+            if self.method.weighs_outputs and not known:
+                self.notes.append("allocation: the importance of some layers' outputs is not known: their relative distances were compared")
             for index, name in enumerate(names):
                 self.show.message(f"measuring the curve of {name} ({index + 1} of {len(names)})")
                 task = self._task(name, None, min(self.max_samples, CURVE_ROWS), self.importance[name] if known else None)
@@ -116,7 +120,8 @@ class Run:
             kept = shared(curves, budget)
         self.method = replace(self.method, sparsity={name: 1 - kept[name] / sizes[name] for name in names})
         densities = ", ".join(f"{name} {kept[name] / sizes[name]:.2%}" for name in names)
-        self.notes.append(f"allocation: {1 - sparsity:.4g} of all {target} stay, shared out as densities {densities}")
+        spent = sum(each[name] * kept[name] for name in names) / whole
+        self.notes.append(f"allocation: {spent:.4g} of all {target} stay, shared out as densities {densities}")
         self.shares = {"target": target, "kept": kept, "curves": {c.name: [list(c.kept), list(c.errors)] for c in curves}}
 
     def sweep(self, names: Sequence[str], number: int) -> bool:

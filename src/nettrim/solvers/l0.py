@@ -25,6 +25,7 @@ LEAST_ROWS, ROWS_PER_INPUT = 500, 3  # and at so many rows, in all and for each 
 MOST_CURVATURE = 2.0
 FALLS, PATIENCE, NEARLY_STILL = 0.9, 5, 0.005  # so many checks without such a fall of a small change: what is left is noise of the parts
 POLISH_STEPS, POLISH_GAIN = 6, 1e-3  # the loop ends near the polished weights: more of it gains less than this
+PATH_START, PATH_GROWTH, PATH_STEPS = 0.05, 1.25, 24  # curves, which solve many budgets roughly: penalty, its factor, iterations
 TRY_ALL = 32  # weights up to which the penalised program tries every count
 
 
@@ -38,8 +39,6 @@ class Schedule:
 
 
 CAREFUL = Schedule(0.02, ((0.1, 1.08), (0.005, 1.05), (0.0, 1.03)))  # one budget: less distance for about twice the iterations
-PATH = Schedule(0.05, ((0.0, 1.25),))  # curves, which solve many budgets roughly
-PATH_STEPS = 24
 BRISK = Schedule(0.03, ((0.1, 1.15), (0.005, 1.10), (0.0, 1.05)))  # searches, which solve many budgets
 
 
@@ -80,7 +79,7 @@ def within_budget(
     loop = GramADMM(p, p.U0)
     fixed = bool(torch.equal(p.lo, p.hi))
     schedule = schedule or (BRISK if fixed else CAREFUL)
-    parts = 1 if fixed else parts or row_parts(p)
+    parts = parts or row_parts(p)
     mask = pattern.mask(p.U0, k, p.live)
     loop.D = p.U0 * mask
     beta, iteration, settled = schedule.start, 0, False
@@ -112,7 +111,7 @@ def within_budget(
     return L0Result(U, c, k, distance, iteration, settled)
 
 
-def path(program: StandardProgram, budgets: Sequence[int]) -> list[float]:
+def path(program: StandardProgram, budgets: Sequence[int], *, ridge: float = 0.01) -> list[float]:
     """The distance reached at each of the budgets, which must fall: every solve starts where the last one ended, and ends early.
 
     For comparing layers and densities; :func:`within_budget` finds less distance.
@@ -123,7 +122,7 @@ def path(program: StandardProgram, budgets: Sequence[int]) -> list[float]:
     found, iteration = [], 0
     for k in budgets:
         loop.V.zero_()
-        beta, mask = PATH.start, largest_mask(loop.D, k)
+        beta, mask = PATH_START, largest_mask(loop.D, k)
 
         def keep(V: Tensor, k: int = k) -> Tensor:
             nonlocal mask
@@ -133,11 +132,10 @@ def path(program: StandardProgram, budgets: Sequence[int]) -> list[float]:
         for step in range(1, PATH_STEPS + 1):
             loop.refresh(iteration % parts, parts)
             iteration += 1
-            loop.majorised_step(keep, beta, 0.01)
+            loop.majorised_step(keep, beta, ridge)
             if step % CHECK_EVERY == 0:
-                factor = PATH.growth[0][1]
-                beta *= factor
-                loop.V /= factor
+                beta *= PATH_GROWTH
+                loop.V /= PATH_GROWTH
         U, c, distance = polish(p, loop.D, loop.c, support=mask, rounds=2, steps=POLISH_STEPS, tolerance=POLISH_GAIN)
         loop.D, loop.c = U, c
         found.append(distance)
@@ -145,13 +143,14 @@ def path(program: StandardProgram, budgets: Sequence[int]) -> list[float]:
 
 
 def row_parts(program: StandardProgram) -> int:
-    """Into how many parts the rows are split, of which each iteration looks at one: 1 where their order is not random.
+    """Into how many parts the rows are split, of which each iteration looks at one: 1 where their order is not random, or all boxes are
+    points, whose target never moves.
 
     A part's curvature relative to the Gram matrix must stay below 2, beyond which a step overshoots: an input that is active in few rows
     has all of its curvature in one part.
     """
     P, N = program.A.shape
-    if not program.shuffled or not N:
+    if not program.shuffled or not N or torch.equal(program.lo, program.hi):
         return 1
     parts = max(1, min(MOST_PARTS, P // max(LEAST_ROWS, ROWS_PER_INPUT * N)))
     while parts > 1 and curvature(program, parts) > MOST_CURVATURE:
@@ -176,6 +175,8 @@ def curvature(program: StandardProgram, parts: int, damping: float = 0.03, steps
             size = float(torch.linalg.vector_norm(x))  # never above the eigenvalue
             if size > MOST_CURVATURE:
                 return size
+            if size == 0.0:  # no row of this part holds anything
+                break
         largest = max(largest, size)
     return largest
 
@@ -259,10 +260,13 @@ def penalised(
     p = program
     full, unit = pattern.capacity(p.live, p.U0.shape[1]), pattern.unit(*p.source.weights.shape)
     solved: dict[int, tuple[float, L0Result]] = {}
+    parts = row_parts(p)
 
     def value(k: int) -> float:
         if k not in solved:
-            result = within_budget(p, k, ridge=ridge, max_iterations=max_iterations, schedule=BRISK, pattern=pattern, watch=watch)
+            result = within_budget(
+                p, k, ridge=ridge, max_iterations=max_iterations, schedule=BRISK, pattern=pattern, parts=parts, watch=watch
+            )
             nonzeros = int((result.U != 0).sum())
             solved[k] = (result.distance**2 / 2 + penalty * nonzeros, result)
         return solved[k][0]
