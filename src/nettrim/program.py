@@ -363,8 +363,8 @@ def standardise(
     ``ridge`` adds that share of the mean diagonal of the Gram matrix (dead inputs left out) times ``||W - W0||_F^2`` to the squared
     distance, as further rows: it keeps weights of inputs that hardly vary on the calibration data, and may vary elsewhere, from
     growing. Distances of ``source`` do not contain it. ``shuffled`` puts the rows in an order that is random and always the same, so
-    that any run of them is a fair sample. ``weighted`` multiplies outputs by the root of their importance (of mean square 1, and never
-    below a thirtieth), where the program knows it.
+    that any run of them is a fair sample, and forms the Gram matrix in the working dtype, which is enough for budgets. ``weighted``
+    multiplies outputs by the root of their importance (of mean square 1, and never below a thirtieth), where the program knows it.
     """
     dtype = dtype or (torch.float64 if program.dtype == torch.float64 else torch.float32)
     A, e = program.inputs, program.bias_column
@@ -388,15 +388,16 @@ def standardise(
         relative = scale / largest
         scale = relative**power
         scale = scale * (largest * (relative / scale).square().mean().sqrt())
-    A = A / scale
-    gram = A.T @ A
-    if shuffled:
+    if shuffled:  # budgets bear the rounding of the working dtype in the Gram matrix
         order = torch.randperm(len(A), generator=torch.Generator().manual_seed(0)).to(A.device)
-        A, lo, hi, e = A[order], lo[order], hi[order], None if e is None else e[order]
+        A, lo, hi, e = (A / scale).to(dtype)[order], lo.to(dtype)[order], hi.to(dtype)[order], None if e is None else e[order]
+    else:
+        A = A / scale
+    gram = (A.T @ A).double()
     columns = None
     if weighted and program.importance is not None and float(program.importance.max()) > 0:
         columns = (program.importance / program.importance.mean()).clamp(min=LEAST_IMPORTANCE).sqrt()
-        lo, hi = lo * columns, hi * columns
+        lo, hi = lo * columns.to(lo.dtype), hi * columns.to(hi.dtype)
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2) if len(scale) else (scale, gram)
     standard = StandardProgram(
         A=A.to(dtype),
@@ -409,7 +410,7 @@ def standardise(
         gram=gram.to(dtype),
         values=values.clamp(min=0).to(dtype),
         vectors=vectors.to(dtype),
-        U0=A.new_zeros(0),
+        U0=scale.new_zeros(0),
         c0=None,
         unreachable=program.unreachable,
         source=program,

@@ -104,9 +104,9 @@ class GramADMM:
         return float((square * weight).sqrt())
 
     def majorised_step(self, prox: Prox, beta: float, ridge: float) -> None:
-        """One iteration against the target of the last :meth:`refresh` (no over-relaxation: the penalty is not convex)."""
+        """One over-relaxed iteration against the target of the last :meth:`refresh`."""
         self.U = self._weight_step(beta, ridge)
-        self.V.add_(self.U)
+        self.V.add_(torch.lerp(self.D, self.U, self.relaxation))
         self.D = prox(self.V)
         self.V.sub_(self.D)
 
