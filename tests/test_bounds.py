@@ -230,6 +230,13 @@ def test_moments_of_truncated_weights() -> None:
             inside = np.where(np.abs(drawn) <= t, drawn, 0)
             assert entries.moments(t) == pytest.approx((np.mean(inside**2), np.mean(inside**4)), rel=0.05)
     assert Entries().above(0.05) == pytest.approx(1.95996, abs=1e-4)
+    assert Entries().moments(Entries().below(1.0)) == (1.0, 3.0)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.999])
+def test_a_tiny_delta_only_makes_bounds_larger(share: float) -> None:
+    found = [removed_norm(Entries(), 100, 100, share, "magnitude", delta) for delta in (1e-2, 1e-8, 1e-15, 1e-16, 1e-17, 1e-40)]
+    assert found == sorted(found)  # one less half of them is one, in floating point, from the fourth on
 
 
 def test_the_width_from_which_pruning_is_safe() -> None:

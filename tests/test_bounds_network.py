@@ -329,6 +329,60 @@ def test_what_has_no_bound_is_refused_with_its_name() -> None:
         network_bounds(padded, torch.ones(2, 1, 4, 4))
 
 
+class Twice(nn.Module):
+    """One response put beside itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return torch.cat([h, h, h], 1)
+
+
+def test_pieces_of_a_stack_that_are_the_same_count_every_time() -> None:
+    torch.manual_seed(0)
+    model, pruned, x = Twice().eval(), Twice().eval(), torch.rand(20, 4)
+    pruned.load_state_dict(model.state_dict())
+    pruned.first.weight.data[:, :2] = 0
+    moved = float((pruned(x) - model(x)).detach().double().norm())
+    assert network_bounds(model, x).of_pruned(pruned).value == pytest.approx(moved, rel=1e-5)
+
+
+class InPlace(nn.Module):
+    """Changes a tensor in place: what reads it by its old name, or through a view, sees the new values."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.second, self.last, self.how = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, g = self.first(x), self.second(x)
+        if self.how == "added":
+            h.add_(g)
+        elif self.how == "scaled":
+            h.mul_(10.0)
+        elif self.how == "view":
+            h[:, 1:].add_(3.0)
+        elif self.how == "reassigned":  # the graph shows it
+            h += g
+            h = h.relu_()
+        return self.last(h)
+
+
+@pytest.mark.parametrize("how", ["added", "scaled", "view"])
+def test_what_is_changed_in_place_behind_the_graph_is_refused(how: str) -> None:
+    x = torch.rand(5, 4)
+    with pytest.raises(InvalidInput, match=r"what first \(Linear\) gives is changed in place before last \(Linear\) reads it"):
+        network_bounds(InPlace(how).eval(), x, layers=["first"])
+    shown, pruned = InPlace("reassigned").eval(), InPlace("reassigned").eval()
+    pruned.load_state_dict(shown.state_dict())
+    pruned.second.weight.data.zero_()
+    moved = float((pruned(x) - shown(x)).detach().double().norm())
+    assert moved <= network_bounds(shown, x, layers=["first", "second"]).of_pruned(pruned).value
+
+
 @pytest.fixture(scope="module")
 def small() -> tuple[nn.Module, Tensor, NetworkBounds]:
     model, x = made("relu")
@@ -358,8 +412,18 @@ def test_bad_settings_are_refused(small: tuple[nn.Module, Tensor, NetworkBounds]
         network_bounds(model, x, radius=-1)
     with pytest.raises(InvalidInput, match="needs input_shape"):
         network_bounds(model, radius=1.0)
+    with pytest.raises(InvalidInput, match="needs input_shape"):
+        network_bounds(model, radius=1.0, input_shape=12)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match="input_shape is for a radius without data"):
+        network_bounds(model, x, radius=1.0, input_shape=(12,))
     with pytest.raises(InvalidInput, match=r"must be an nn\.Module"):
         network_bounds(3, x)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match=r"must be an nn\.Module"):
+        found.of_pruned("pruned")  # type: ignore[arg-type]
+    broken = made("relu")[0]
+    broken[0].weight.data[0, 0] = torch.nan
+    with pytest.raises(InvalidInput, match="layer '0' holds NaN"):
+        found.of_pruned(broken)
 
 
 def test_another_network_is_no_pruned_version(small: tuple[nn.Module, Tensor, NetworkBounds]) -> None:

@@ -120,10 +120,25 @@ def test_settings_reach_every_run() -> None:
 
 def test_a_pattern_for_all_methods() -> None:
     found = compare(network(), images(), pattern="2:4", progress=False)
-    assert [run.label for run in found.runs] == [f"{name} 2:4" for name in METHODS]
+    assert [run.label for run in found.runs] == [f"{name} 2:4" for name in METHODS if name != "LOBS"]
     assert all(0.4 < run.density <= 0.52 and run.sparsity is None for run in found.runs)
     with pytest.raises(InvalidInput, match="2:x"):
         compare(network(), images(), pattern="2:x", progress=False)
+    assert methods_named("all", "rows") == ["NetTrim", "Magnitude", "Random", "Wanda", "LinearADMM"]
+    for method, pattern in (("lobs", "2:4"), ("obs", "rows")):
+        with pytest.raises(InvalidInput, match=f"{method.upper()} does not take pattern '{pattern}'"):
+            compare(network(), images(), methods=["wanda", method], sparsities=[0.5], pattern=pattern, progress=False)
+
+
+def test_lobs_and_readings_are_those_of_prune() -> None:
+    readings: dict[str, dict[str, str | None]] = {"re:[13]": {"activation": None}}
+    found = compare(network(), images(), methods=["lobs", "nettrim"], sparsities=[0.7], readings=readings, progress=False)
+    assert found.settings["readings"] == readings
+    for run, method in zip(found.runs, (nettrim.LOBS(sparsity=0.7), nettrim.NetTrim(sparsity=0.7)), strict=True):
+        own = nettrim.prune(network(), images(), method, readings=readings, progress=False).certificate.network
+        assert run.calibration_discrepancy == own.achieved / own.reference_norm
+        plain = nettrim.prune(network(), images(), method, progress=False).certificate.network
+        assert (plain.achieved == own.achieved) == (run.method == "LOBS")  # which knows of no activation
 
 
 def test_names_in_any_case_and_the_nearest() -> None:
@@ -147,6 +162,12 @@ def test_names_in_any_case_and_the_nearest() -> None:
         ({"calibration": images() * float("nan")}, "NaN or inf"),
         ({"heldout": images()}, "all of these samples are calibration data"),
         ({"seed": -1}, "seed must be a whole number"),
+        ({"max_samples": 0}, "max_samples must be"),
+        ({"scheme": "both"}, "scheme must be"),
+        ({"readings": {"1": {"norm": "bn"}}}, "has no module 'bn'"),
+        ({"readings": {"9": {"activation": None}}}, "no layer fits '9'"),
+        ({"activations": {"1": "rleu"}}, "activation 'rleu' is not known"),
+        ({"pattern": "rows", "sparsities": [0.5, 0.9]}, "layer '5': its sparsity leaves 4 of 40 weights, less than the smallest group"),
     ],
 )
 def test_refused_before_any_work(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -265,6 +286,17 @@ def test_many_values_do_not_take_the_model(workplace: Path, monkeypatch: pytest.
     done = invoke(workplace, monkeypatch, *order, "--output", "order", "--json")
     assert done.exit_code == 0, done.stderr
     assert [(run["method"], run["sparsity"]) for run in json.loads(done.stdout)["runs"]] == [("Magnitude", 0.5), ("Random", 0.5)]
+
+
+def test_readings_and_lobs_on_the_command_line(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = ("compare", "compared:small", "--data", "calibration.npy", "--output", "read", "--methods", "lobs", "--sparsity", "0.5")
+    done = invoke(workplace, monkeypatch, *read, "--reading", "1:activation=none", "--reading", "re:[35]:branch=none", "--json")
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["settings"]["readings"] == {"1": {"activation": None}, "re:[35]": {"branch": None}}
+    assert [run["method"] for run in told["runs"]] == ["LOBS"]
+    refused = invoke(workplace, monkeypatch, *read, "--reading", "1=none")
+    assert refused.exit_code == 2 and "LAYER:PART=VALUE" in refused.stderr
 
 
 def test_the_real_command_interrupted_and_continued(workplace: Path) -> None:

@@ -207,6 +207,29 @@ def test_a_named_batch_norm_and_pooling_say_what_the_graph_would_have_said() -> 
     assert [layer.source for layer in second.certificate.layers] == ["stated", "stated"]
 
 
+class ByKeyword(nn.Module):
+    """A batch-norm that gets its input by name, in a model without a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last, self.other = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2), nn.BatchNorm1d(2)
+        settle(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.other(input=x[:, :2])
+        x = self.first(x) if float(x.sum()) > -1e9 else x
+        return self.last(torch.relu(self.norm(input=x)))
+
+
+def test_a_module_that_gets_its_input_by_name_is_checked_too() -> None:
+    x = torch.rand(20, 4, generator=torch.Generator().manual_seed(0))
+    readings = {"first": {"norm": "norm", "activation": "relu"}}
+    result = prune(ByKeyword(), x, NetTrim(epsilon=0.1), readings=readings, progress=False)
+    assert result.certificate.holds and "norm norm, activation relu" in result.report.layers[0].reading
+    with pytest.raises(InvalidInput, match="does not get what layer 'last' gives"):
+        prune(ByKeyword(), x, NetTrim(epsilon=0.1), layers=["last"], readings={"last": {"norm": "other"}}, progress=False)
+
+
 def test_stated_activations_are_short_for_readings() -> None:
     first = prune(Traced(), images(), NetTrim(epsilon=0.1), activations={"again": "relu6"}, progress=False)
     second = prune(Traced(), images(), NetTrim(epsilon=0.1), readings={"again": {"activation": "relu6"}}, progress=False)
@@ -235,6 +258,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"readings": {"again": {}}}, InvalidInput, "must name at least one of the parts"),
     ({"readings": {"again": "relu"}}, InvalidInput, "must name at least one of the parts"),
     ({"readings": ["again"]}, InvalidInput, "readings must be a mapping"),
+    ({"readings": {3: {"norm": None}}}, InvalidInput, "found the key 3; names are strings"),
     ({"readings": {"again": {"activation": 3}}}, InvalidInput, "must be the name of an activation"),
     ({"readings": {"again": {"activation": "rellu"}}}, InvalidInput, "did you mean 'relu'"),
     ({"readings": {"again": {"norm": True}}}, InvalidInput, "norm must be the name of a module, or None"),

@@ -216,6 +216,26 @@ def test_batches_that_cannot_be_cut_stay_whole() -> None:
         distill(result.model, model, batches[:2], **FEW)
 
 
+@pytest.mark.parametrize("sizes", [(1, 39, 40), (1, 1, 1), (80,)])
+def test_a_sample_by_itself_does_not_show_that_batches_can_be_cut(sizes: tuple[int, ...]) -> None:
+    x = torch.rand(sum(sizes), 5, generator=torch.Generator().manual_seed(0))
+    for model, whole in ((Across(), True), (nn.Linear(5, 3), False)):
+        groups = stacked(Calibration(list(torch.split(x, list(sizes)))), replicate(model.eval(), torch.device("cpu"), None))
+        assert [(len(group), group.divisible) for group in groups] == ([(n, False) for n in sizes] if whole else [(sum(sizes), True)])
+
+
+def test_layers_that_were_not_pruned_do_not_learn() -> None:
+    model, x = network(), images()
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    model.get_submodule(names[1]).weight.data[0, 0] = 0.0  # a zero of the reference network's own
+    result = nettrim.prune(model, x, Magnitude(0.5), ignore=[names[1]], progress=False)
+    made = distill(result.model, model, x, **FEW)
+    assert {name.rpartition(".")[0] for name in made.learned} == {names[0], *names[2:]}
+    assert recertify(result, made.model, model, x).certificate.network.achieved < result.certificate.network.achieved
+    with pytest.raises(InvalidInput, match="nothing was pruned"):
+        distill(model, model, x, **FEW)
+
+
 def test_half_precision_is_trained_wider() -> None:
     model = network().to(torch.bfloat16)
     x = images().to(torch.bfloat16)
@@ -326,3 +346,5 @@ def test_recertify_sees_batch_norm_and_refuses_what_it_cannot_speak_of(tmp_path:
         recertify(result, network(), model, x)
     with pytest.raises(InvalidInput, match=r"model must be an nn\.Module"):
         recertify(result, None, model, x)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match=r"result must be what nettrim\.prune returned"):
+        recertify("pruned", made.model, model, x)  # type: ignore[arg-type]

@@ -232,6 +232,27 @@ def test_nested_modules_with_residuals() -> None:
     assert graph.chain == Chain((Step("blocks.0.up"), Step("blocks.0.down")), "the path branches after add")
 
 
+class ChangedInPlace(nn.Module):
+    """Changes a layer's output by a call whose result is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h.mul_(10)
+        return self.last(h)
+
+
+def test_no_bound_passes_what_may_have_been_changed_in_place() -> None:
+    torch.manual_seed(0)
+    graph = read(ChangedInPlace().eval(), ["first", "last"])
+    assert graph.chain.steps == (Step("first"),) and "in place" in graph.chain.reason
+    result = prune(ChangedInPlace(), [torch.randn(100, 6)], NetTrim(sparsity=0.3), scheme="parallel", progress=False)
+    assert result.certificate.network.bound is None and result.certificate.holds
+
+
 def test_arguments_that_are_not_given_keep_their_defaults() -> None:
     assert read(Block().eval(), ["up"]).readings["up"].activation == RELU
     assert read(Block().eval(), ["up"], given=["x", "mask"]).readings["up"].activation == RELU

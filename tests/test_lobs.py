@@ -325,3 +325,38 @@ def test_what_rounds_refuse() -> None:
 
     with pytest.raises(InvalidInput, match=r"keep the zeros of '0.weight', and after round 1"):
         alternate(model, batches(), LOBS(0.5, iterative=True), forgets, progress=False)
+
+    def wraps(pruned: nn.Module) -> None:
+        nn.utils.parametrizations.weight_norm(pruned[0])
+
+    with pytest.raises(InvalidInput, match="layer '0': its weight is computed from other parameters"):
+        alternate(model, batches(), LOBS(0.5, iterative=True), wraps, progress=False)
+
+    def replaces(pruned: nn.Module) -> None:
+        pruned[0] = nn.Identity()
+
+    with pytest.raises(InvalidInput, match="after round 1 '0' is another one"):
+        alternate(model, batches(), LOBS(0.5, iterative=True), replaces, progress=False)
+
+
+class Shifted(nn.Module):
+    """A parameter of no layer that starts at zero, and a layer with a zero that is not pruned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.first, self.last = nn.Parameter(torch.zeros(1, 6)), nn.Linear(6, 8), nn.Linear(8, 3)
+        self.last.weight.data[0, 0] = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x + self.shift)))
+
+
+def test_zeros_that_pruning_did_not_make_may_learn() -> None:
+    def learns(pruned: nn.Module) -> None:
+        with torch.no_grad():
+            pruned.shift += 1.0
+            pruned.last.weight += 1.0
+
+    x = torch.rand(30, 6, generator=torch.Generator().manual_seed(0))
+    done = alternate(Shifted(), x, LOBS(0.5, iterative=True), learns, rounds=2, layers=["first"], progress=False)
+    assert len(done.rounds) == 2 and bool((done.model.shift == 2).all())

@@ -174,6 +174,49 @@ def test_the_highest_layers_first_and_ignored_ones(trained: nn.Sequential) -> No
     assert run(ignore=["0"]) == {"4": both["4"]}
 
 
+def test_what_is_ignored_keeps_its_channels() -> None:
+    torch.manual_seed(0)
+    conv, depthwise = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=8)
+    body = nn.Sequential(
+        nn.Sequential(conv, nn.ReLU(), depthwise, nn.ReLU()), nn.Flatten(), nn.Linear(128, 12), nn.ReLU(), nn.Linear(12, 4)
+    )
+    images = [(torch.randn(20, 1, 8, 8), torch.zeros(20, dtype=torch.long))]
+    method = NetworkTrimming(rounds=1, train=lambda model, number: None, tolerance=1.0)
+
+    def left(*ignore: str) -> list[str]:
+        return [layer.name for layer in trim(body, images, method, ignore=ignore).rounds[0].layers]
+
+    assert left() == ["0.0", "2"]
+    assert left("0") == left("0.0") == left("0.2") == ["2"]  # a module that contains it; and the depthwise layer that shares its channels
+    for ignore, words in ((["1"], "a Flatten without Linear"), ("0", r"must be a list of layer names, found the string '0'")):
+        with pytest.raises(InvalidInput, match=words):
+            trim(body, images, method, ignore=ignore)
+
+
+def test_labels_that_do_not_fit_are_refused_before_any_work(trained: nn.Sequential) -> None:
+    data = classes(200)
+    x, y = data[0]
+    told: list[str] = []
+    for odd, words in (
+        (y[:-1], f"batch 2 has {len(y) - 1} labels for {len(y)} samples"),
+        (y + 1, "batch 2 has the label 4, but the model's classes are 0 to 3"),
+        (y[:, None], r"labels of batch 2 must be of shape \(\d+,\)"),
+    ):
+        with pytest.raises(InvalidInput, match=words):
+            trim(trained, data, training=[(x, y), (x, odd)], progress=lambda done, total, what: told.append(what))
+    with pytest.raises(InvalidInput, match=f"validation: batch 1 has 3 labels for {len(y)} samples"):
+        trim(trained, [(x, y[:3])], training=data)
+    assert not told
+    quick = NetworkTrimming(rounds=1, epochs=1, tolerance=1.0)
+    one, other = (trim(trained, data, quick, training=[(x, kind)]).model for kind in (y, y.int()))
+    assert state_hash(one.state_dict()) == state_hash(other.state_dict())
+    for seed in (-1, 1.5, "a"):
+        with pytest.raises(InvalidInput, match="seed must be a whole number"):
+            trim(trained, data, quick, training=data, seed=seed)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match="score must be a function"):
+        trim(trained, data, quick, training=data, score=3)  # type: ignore[arg-type]
+
+
 def test_it_ends_where_nothing_exceeds_the_criterion(trained: nn.Sequential) -> None:
     method = NetworkTrimming(criterion=0.9999999, train=lambda model, number: None, rounds=1)
     model = copy.deepcopy(trained)

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from .attention import opened
 from .calibration import Batches
+from .layers import is_prunable, view
 from .methods import LOBS
 from .methods.targets import PerLayer
 from .pruning import PruneResult, prune
@@ -51,7 +53,8 @@ def alternate(
         settings: for :func:`nettrim.prune`; the scheme is ``"parallel"``, as published, unless one is given.
 
     Raises:
-        InvalidInput: what ``prune`` refuses, a method without ``iterative``, or a ``retrain`` that brings zeros back.
+        InvalidInput: what ``prune`` refuses, a method without ``iterative``, or a ``retrain`` that brings zeros of a pruned layer back, or
+            leaves it in another form.
     """
     if not isinstance(method, LOBS) or not method.iterative:
         raise InvalidInput(f"alternate: method must be nettrim.LOBS(..., iterative=True), found {method!r}; without retraining call prune")
@@ -67,7 +70,7 @@ def alternate(
         results.append(prune(current, calibration, once, **({"scheme": "parallel"} | settings)))
         current = copy.deepcopy(results[-1].model)
         retrain(current)
-        _check_zeros(results[-1].model, current, done)
+        _check_zeros(results[-1], current, done)
     return Alternated(current, tuple(results))
 
 
@@ -78,10 +81,15 @@ def after_rounds(sparsity: PerLayer, share: float) -> PerLayer:
     return float(1 - (1 - sparsity) ** share)
 
 
-def _check_zeros(pruned: nn.Module, retrained: nn.Module, done: int) -> None:
-    after = dict(retrained.named_parameters())
-    for name, before in pruned.named_parameters():
-        if before.ndim > 1 and bool(((before == 0) & (after[name] != 0)).any()):
+def _check_zeros(result: PruneResult, retrained: nn.Module, done: int) -> None:
+    before, after = (dict(opened(model).named_modules()) for model in (result.model, retrained))
+    for layer in result.report.layers:
+        name = layer.name
+        own, found = view(name, before[name]).weight, after.get(name)
+        if found is None or not is_prunable(found) or view(name, found).weight.shape != own.shape:
+            raise InvalidInput(f"alternate: retrain must keep the layers and their shapes, and after round {done} {name!r} is another one")
+        if bool(((own == 0) & (view(name, found).weight != 0).to(own.device)).any()):
             raise InvalidInput(
-                f"alternate: retrain must keep the zeros of {name!r}, and after round {done} some are gone; use nettrim.keep_zeros in it"
+                f"alternate: retrain must keep the zeros of '{name}.weight', and after round {done} some are gone; "
+                "use nettrim.keep_zeros in it"
             )

@@ -161,13 +161,18 @@ class NetworkBounds:
         """The bound for a pruned version in hand, whatever chose its weights: nothing is left to chance.
 
         Raises:
-            InvalidInput: it is no version of this network whose chosen layers' weights alone differ.
+            InvalidInput: it is no version of this network whose chosen layers' weights alone differ, or holds NaN or inf.
         """
         form = self._form(form)
+        if not isinstance(pruned, nn.Module):
+            raise InvalidInput(f"the pruned model must be an nn.Module, found {type(pruned).__name__}")
         twin = replicate(opened(pruned, encoders=False), self._reference.device, self._reference.dtype)
         self._check_same(twin)
         twin.graph = self._reference.graph
         units = twin.units(self.names)
+        for name in self.names:
+            if not bool(torch.isfinite(units[name].view.weights()).all()):
+                raise InvalidInput(f"the pruned model's layer {name!r} holds NaN or inf, so nothing bounds what it does; prune it again")
         own = {name: _split(units[name], units[name].weights()) for name in self.names}
         exact = exact_ball_terms if form == "ball" else exact_data_terms
         terms: dict[str, BallTerms | DataTerms] = {name: exact(self._layers[name], own[name]) for name in self.names}
@@ -277,7 +282,9 @@ def network_bounds(
         raise InvalidInput("a bound needs data=, or radius= for all inputs of at most that norm (or both): found neither")
     if radius is not None:
         radius = check_positive("radius", radius, "the largest norm of an input")
-    if data is None and (input_shape is None or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in input_shape)):
+    if data is not None and input_shape is not None:
+        raise InvalidInput(f"input_shape is for a radius without data, whose samples have a shape: leave it out, found {input_shape!r}")
+    if data is None and not _is_shape(input_shape):
         raise InvalidInput(
             f"radius without data needs input_shape, the shape of one sample, found {input_shape!r}; for example (1, 28, 28)"
         )
@@ -324,6 +331,11 @@ def network_bounds(
                 )
         centre = {} if radius is None else _at_zero(reference, path, inputs)
         return NetworkBounds(reference, names, path, made, radius, centre, None if data is None else found.samples, output_norm)
+
+
+def _is_shape(found: object) -> bool:
+    """Whether it is a sequence of whole numbers of at least 1."""
+    return isinstance(found, Sequence) and all(not isinstance(n, bool) and isinstance(n, int) and n >= 1 for n in found)
 
 
 def _split(unit: Unit, W: Tensor) -> list[Tensor]:

@@ -31,16 +31,24 @@ class Steps:
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph and keeps the shape of every tensor."""
+    """Runs a graph and keeps the shape of every tensor, and the first pair (``stale``) of a node and one that reads what it gives after
+    that has been changed in place."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.shapes: dict[Node, torch.Size] = {}
+        self.versions: dict[Node, int] = {}  # which torch counts up when a tensor, or a view of it, is written to
+        self.stale: tuple[Node, Node] | None = None
 
     def run_node(self, n: Node) -> Any:
+        for source in n.all_input_nodes:
+            if source in self.versions and self.env[source]._version != self.versions[source] and not reads_shape(n):
+                self.stale = self.stale or (source, n)
         value = super().run_node(n)
         if isinstance(value, Tensor):
             self.shapes[n] = value.shape
+            if not value.is_inference():  # those of torch.inference_mode count nothing; they can only be inputs here
+                self.versions[n] = value._version
         return value
 
 
@@ -53,12 +61,20 @@ def steps_of(model: nn.Module, graph: fx.Graph, pruned: Iterable[str], folded: M
         inputs: one batch, in the order of the graph's placeholders: a sum needs terms of one shape.
 
     Raises:
-        InvalidInput: a layer that is called more than once or has hooks, or something behind pruned layers for which no bound is known.
+        InvalidInput: a layer that is called more than once or has hooks, something behind pruned layers for which no bound is known, or a
+            tensor that is changed in place before something else reads it.
     """
     run = _Shapes(fx.GraphModule(model, graph))
     with torch.no_grad():
         run.run(*inputs)
-    return _Reader(dict(model.named_modules()), set(pruned), dict(folded), run.shapes).read(run.module.graph)  # type: ignore[arg-type]
+    modules = dict(model.named_modules())
+    if run.stale is not None:
+        changed, reader = (label(node, modules) for node in run.stale)
+        raise InvalidInput(
+            f"what {changed} gives is changed in place before {reader} reads it, which the graph does not show, so there is no bound: "
+            "write the change as x = f(x), without a trailing underscore or inplace=True"
+        )
+    return _Reader(modules, set(pruned), dict(folded), run.shapes).read(run.module.graph)  # type: ignore[arg-type]
 
 
 class _Reader:
@@ -130,8 +146,11 @@ class _Reader:
             self._add(node, Step("sum", inputs))
             return
         if node.op == "call_function" and node.target in _STACKS:
-            self._add(node, Step("stack", inputs))
-            return
+            # every piece counts, one that is given twice, too
+            pieces = node.args[0] if node.args else node.kwargs.get("tensors")
+            if isinstance(pieces, (tuple, list)):
+                self._add(node, Step("stack", tuple(self.at[piece] for piece in pieces if isinstance(piece, Node) and piece in self.at)))
+                return
         factor = self._lipschitz(node, name, given)
         if factor is not None:
             self._add(node, Step("map", inputs, lipschitz=factor))

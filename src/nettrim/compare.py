@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,8 +22,12 @@ from .attention import opened
 from .calibration import Batches, Calibration
 from .capture import Replica, device_of, hashes, random_state_kept, replicate
 from .checkpoint import check_writable
+from .corrections import Parts, corrections_of
 from .experiments.journal import Journal
-from .methods import OBS, LinearADMM, Magnitude, Method, NetTrim, Random, SparseGPT, Wanda
+from .layers import view
+from .methods import LOBS, OBS, LinearADMM, Magnitude, Method, NetTrim, Random, SparseGPT, Wanda
+from .methods.targets import check_room
+from .patterns import parse
 from .preimage import Activation
 from .progress import Silent
 from .pruning import MAX_SAMPLES, prune
@@ -42,6 +47,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "OBS": OBS,
     "SparseGPT": SparseGPT,
     "LinearADMM": LinearADMM,
+    "LOBS": LOBS,
 }
 
 Advance = Callable[[int, int, str], None]
@@ -102,12 +108,14 @@ class Comparison:
         return compare_text(self)
 
 
-def methods_named(names: str | Sequence[str]) -> list[str]:
-    """Names of ``METHODS`` for names in any case; ``"all"`` stands for all of them.
+def methods_named(names: str | Sequence[str], pattern: str | None = None) -> list[str]:
+    """Names of ``METHODS`` for names in any case; ``"all"`` stands for all of them that take the pattern.
 
     Raises:
-        InvalidInput: a name that is not known; the message gives the nearest one. Or no name.
+        InvalidInput: a name that is not known; the message gives the nearest one. Or no name, a method named that does not take the
+            pattern, or no such pattern.
     """
+    able = _taking(pattern)
     given = [names] if isinstance(names, str) else list(names)
     if not given:
         raise InvalidInput(f"compare: name at least one method of {', '.join(METHODS)}, or {ALL!r}")
@@ -116,13 +124,25 @@ def methods_named(names: str | Sequence[str]) -> list[str]:
     for name in given:
         key = str(name).lower().replace("-", "")
         if key == ALL:
-            found += METHODS
+            found += able
         elif key in known:
+            if known[key] not in able:
+                raise InvalidInput(f"{known[key]} does not take pattern {pattern!r}; of the methods, {', '.join(able)} do")
             found.append(known[key])
         else:
             near = get_close_matches(key, [*known, ALL], n=1, cutoff=0.0)[0]
             raise InvalidInput(f"method {name!r} is not known; the nearest is {known.get(near, ALL)!r} (methods: {', '.join(METHODS)})")
     return list(dict.fromkeys(found))
+
+
+def _taking(pattern: str | None) -> list[str]:
+    """The methods that take a pattern."""
+    kind = parse(pattern, "compare").kind
+    return [
+        name
+        for name, make in METHODS.items()
+        if not kind or ("pattern" in inspect.signature(make).parameters and kind in getattr(make, "takes", (kind,)))
+    ]
 
 
 def first_samples(batches: Batches, count: int) -> list[Any]:
@@ -165,6 +185,7 @@ def compare(
     layers: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
     activations: Mapping[str, str | Activation] | None = None,
+    readings: Mapping[str, Parts] | None = None,
     max_samples: int = MAX_SAMPLES,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -177,11 +198,11 @@ def compare(
     Args:
         model: as for :func:`nettrim.prune`.
         calibration: as for :func:`nettrim.prune`; every method sees the same.
-        methods: ``"all"``, or names of methods in any case.
+        methods: ``"all"`` (with a pattern, all that take it), or names of methods in any case.
         sparsities: fractions of zeros, in [0, 1); by default 0.5, 0.7 and 0.9, and with a pattern what that leaves.
         pattern: which sets of weights may stay (``"2:4"``), for all methods.
         heldout: what is measured on, with labels for accuracy; by default the calibration data.
-        scheme, layers, ignore, activations, max_samples, device: as for :func:`nettrim.prune`.
+        scheme, layers, ignore, activations, readings, max_samples, device: as for :func:`nettrim.prune`.
         seed: of the pruning runs, and of Random.
         folder: where each result is kept as soon as it is there, in a file from which an interrupted comparison continues, and which a
             later one with more methods or sparsities adds to.
@@ -191,11 +212,20 @@ def compare(
     Raises:
         InvalidInput: anything that cannot be used, before any work is done; a folder that belongs to another model, other data or settings.
     """
-    names = methods_named(methods)
+    names = methods_named(methods, pattern)
     wanted = _runs(names, sparsities, pattern, seed)
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"model must be an nn.Module, found {type(model).__name__}")
-    chosen = select(opened(model), layers, ignore, model)
+    whole = opened(model)
+    chosen = select(whole, layers, ignore, model)
+    modules = dict(whole.named_modules())
+    corrections_of(readings or {}, activations or {}, chosen, modules)
+    for run in wanted.values():
+        for name in chosen:
+            layer = view(name, modules[name])
+            asked = run.method.target(name)
+            assert asked is not None  # one sparsity, of all layers
+            check_room(run.name, run.method.chosen, asked, name, *layer.shape, layer.groups)
     place = device_of(model, device)
     batches = Calibration(calibration)
     unseen = None if heldout is None else Calibration(heldout, "heldout")
@@ -214,6 +244,9 @@ def compare(
             "scheme": scheme,
             "layers": chosen,
             "activations": {name: getattr(value, "name", value) for name, value in (activations or {}).items()},
+            "readings": {
+                name: {part: getattr(value, "name", value) for part, value in parts.items()} for name, parts in (readings or {}).items()
+            },
             "max_samples": max_samples,
             "seed": seed,
         }
@@ -238,6 +271,7 @@ def compare(
                 layers=layers,
                 ignore=ignore,
                 activations=activations,
+                readings=readings,
                 max_samples=max_samples,
                 seed=seed,
                 device=device,
@@ -261,13 +295,17 @@ def compare(
                 seconds=seconds,
             )
 
-        with nullcontext() if journal is None else journal:
+        with ExitStack() as stack:
+            writing: Journal | None = None
             for done, (key, run) in enumerate(wanted.items()):
                 advance(done, len(wanted), run.words)
                 record = None if journal is None else journal.records.get(key)
                 if record is None:
                     record = asdict(solve(run, done))
-                    record = record if journal is None else journal.add(key, record)
+                    if journal is not None:
+                        # not before there is a result: settings that prune refuses leave no file behind that other settings would not fit
+                        writing = writing or stack.enter_context(journal)
+                        record = writing.add(key, record)
                 records[key] = record
         advance(len(wanted), len(wanted), "done")
     return Comparison(

@@ -36,6 +36,9 @@ def corrections_of(
     for what, given in (("readings", readings), ("activations", activations)):
         if not isinstance(given, Mapping):
             raise InvalidInput(f"{what} must be a mapping by layer name, found {type(given).__name__}")
+        odd = [key for key in given if not isinstance(key, str)]
+        if odd:
+            raise InvalidInput(f"{what} must be a mapping by layer name, found the key {odd[0]!r}; names are strings, such as '0'")
         resolve(given, names, what)
     made = {key: _correction(f"readings[{key!r}]", value, modules) for key, value in readings.items()}
     stated = {key: _activation(f"activations[{key!r}]", value) for key, value in activations.items()}
@@ -134,10 +137,10 @@ def corrected_graph(reference: Replica, graph: Graph, corrections: Mapping[str, 
     try:
         for module in wanted:
 
-            def before(_: nn.Module, given: tuple[Any, ...], module: str = module) -> None:
-                inputs[module].append(given[0].clone())
+            def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], module: str = module) -> None:
+                inputs[module].append(next(iter((*given, *named.values()))).clone())
 
-            handles.append(modules[module].register_forward_pre_hook(before))
+            handles.append(modules[module].register_forward_pre_hook(before, with_kwargs=True))
         calls, _ = replica.calls(batch, named)
     finally:
         for handle in handles:

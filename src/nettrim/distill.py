@@ -81,8 +81,9 @@ def distill(
         loss: ``"mse"``: the squared discrepancy, relative to the outputs' mean square, which is what certificates speak of. ``"kl"``: the
             divergence of the softened class probabilities (softmax over the last dimension), for models with one output.
         temperature: divides the logits of ``"kl"``.
-        learn: ``"pruned"``: weights and biases of layers that hold zeros, and the bias of a batch-norm behind one without bias: what a
-            certificate can speak of. ``"all"``: every parameter. Frozen parameters (``requires_grad=False``) stay.
+        learn: ``"pruned"``: weights and biases of layers that hold zeros and other weights than the reference network's, and the bias of
+            a batch-norm behind one without bias: what a certificate can speak of. ``"all"``: every parameter. Frozen parameters
+            (``requires_grad=False``) stay.
         steps: steps of the optimizer.
         batch_size: samples in a step.
         learning_rate: of the first step.
@@ -105,7 +106,7 @@ def distill(
         if not isinstance(model, nn.Module):
             raise InvalidInput(f"distill: {name} must be an nn.Module, found {type(model).__name__}")
     source = opened(pruned, encoders=False)
-    names = _layers_with_zeros(source)
+    names = _pruned_layers(source, opened(reference, encoders=False))
     batches = Calibration(calibration)
     place = device_of(source, device)
     with random_state_kept(place), _counted(progress) as advance:
@@ -280,15 +281,30 @@ def _check(
         raise InvalidInput(f"distill: holdback is a share of the samples and must lie in [0, 1), found {holdback!r}")
 
 
-def _layers_with_zeros(model: nn.Module) -> list[str]:
-    """Names of the layers that hold zeros; refuses a model without any, or with values that are not finite."""
+def _pruned_layers(model: nn.Module, reference: nn.Module) -> list[str]:
+    """Names of the layers that hold zeros and are not as in the reference network, which may hold zeros, too.
+
+    Refuses a model without any, or with values that are not finite.
+    """
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise InvalidInput(f"distill: {name} of the pruned model holds NaN or inf; prune it again")
     found = [name for name, module in model.named_modules() if is_prunable(module) and bool((module.weight == 0).any())]
     if not found:
         raise InvalidInput("distill: the pruned model has no zero weights; prune it first, or train it in the ordinary way")
-    return found
+    modules, theirs = dict(model.named_modules()), dict(reference.named_modules())
+    changed = [name for name in found if not _same_weight(modules[name], theirs.get(name))]
+    if not changed:
+        raise InvalidInput(
+            f"distill: the layers that hold zeros ({', '.join(found[:6])}) are those of the reference network: nothing was pruned; "
+            "give the network as it was before"
+        )
+    return changed
+
+
+def _same_weight(layer: nn.Module, other: nn.Module | None) -> bool:
+    weight, theirs = layer.weight, getattr(other, "weight", None)
+    return isinstance(weight, Tensor) and isinstance(theirs, Tensor) and torch.equal(weight.cpu(), theirs.to("cpu", weight.dtype))
 
 
 def _working_copy(model: nn.Module, place: torch.device) -> Replica:

@@ -312,9 +312,12 @@ def _chain(
                 steps.append(Step(None, activation.lipschitz))
         if node.name == waiting:
             waiting = ""
-        users = [user for user in node.users if not reads_shape(user) and user in used]
+        readers = [user for user in node.users if not reads_shape(user)]
+        users = [user for user in readers if user in used]
         if len(users) != 1:
             return ended(f"the path branches after {label(node, modules)}")
+        if len(readers) > 1:  # what no result comes of may still change the tensor in place
+            return ended(f"{label(node, modules)} is also read where nothing comes of it, perhaps to change it in place")
         node = users[0]
 
 

@@ -51,6 +51,8 @@ def recertify(
         InvalidInput: another reference network or other calibration data than those of the run; a model that differs from the reference
             network elsewhere than in the pruned layers, which no certificate can speak of.
     """
+    if not isinstance(result, PruneResult):
+        raise InvalidInput(f"recertify: result must be what nettrim.prune returned, found {type(result).__name__}")
     old, report = result.certificate, result.report
     for name, value in (("model", model), ("reference", reference)):
         if not isinstance(value, nn.Module):

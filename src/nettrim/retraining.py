@@ -7,20 +7,62 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
-from .calibration import Calibration, forward, labels
+from .calibration import Calibration, forward, labels, samples
 from .status import InvalidInput
+
+IGNORED = -100
+"""A label that cross entropy leaves out."""
 
 
 def check_labelled(batches: Any, what: str) -> Calibration:
     """The batches, each of which must be (inputs, labels) with as many labels as samples. Raises InvalidInput."""
     checked = Calibration(batches, what)
     for number, batch in enumerate(checked, 1):
-        if labels(batch) is None:
-            raise InvalidInput(f"{what}: batch {number} has no labels; give (inputs, labels) pairs with labels as integers")
+        _labels(batch, number, what)
     return checked
+
+
+def check_trainable(model: nn.Module, training: Any, device: torch.device) -> None:
+    """Refuses batches whose labels do not fit the model's scores (samples, classes), or (samples, classes, ...) and a label for each place.
+
+    One pass, which need not be the same another time. Raises InvalidInput.
+    """
+    scores: Tensor | None = None
+    for number, batch in enumerate(Calibration(training, "training"), 1):
+        wanted = _labels(batch, number, "training")
+        if scores is None:
+            with torch.no_grad():
+                found = forward(model, batch, device, None)
+            if not isinstance(found, Tensor) or found.ndim < 2 or len(found) != len(wanted):
+                what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                raise InvalidInput(
+                    f"training: cross entropy needs one output (samples, classes), found {what}; give a training of your own: "
+                    "NetworkTrimming(train=function)"
+                )
+            scores = found
+        if wanted.shape[1:] != scores.shape[2:]:
+            raise InvalidInput(
+                f"training: the labels of batch {number} must be of shape {(len(wanted), *scores.shape[2:])} for scores of shape "
+                f"(samples, classes, ...) = {tuple(scores.shape)}, found {tuple(wanted.shape)}"
+            )
+        odd = wanted[((wanted < 0) | (wanted >= scores.shape[1])) & (wanted != IGNORED)] if wanted.dtype != torch.bool else wanted[:0]
+        if len(odd):
+            raise InvalidInput(
+                f"training: batch {number} has the label {int(odd.flatten()[0])}, but the model's classes are 0 to {scores.shape[1] - 1}"
+            )
+
+
+def _labels(batch: Any, number: int, what: str) -> Tensor:
+    found = labels(batch)
+    if found is None:
+        raise InvalidInput(f"{what}: batch {number} has no labels; give (inputs, labels) pairs with labels as integers")
+    count = len(found) if found.ndim else 0
+    if count != samples(batch):
+        raise InvalidInput(f"{what}: batch {number} has {count} labels for {samples(batch)} samples; give one for each")
+    return found
 
 
 def retrain(
@@ -47,7 +89,7 @@ def retrain(
                 for batch in _ordered(training, generator):
                     targets = labels(batch)
                     assert targets is not None
-                    loss = functional.cross_entropy(forward(model, batch, device, None), targets.to(device))
+                    loss = functional.cross_entropy(forward(model, batch, device, None), targets.to(device).long())
                     optimizer.zero_grad()
                     loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.step()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .calibration import Batches
 from .checkpoint import load_state, read_weights
+from .programs import model_from_program
 from .status import InvalidInput
 
 INPUT_NAMES = ("inputs", "x", "X", "images", "arr_0")
@@ -23,9 +24,9 @@ LABEL_NAMES = ("labels", "y", "Y", "targets", "arr_1")
 
 
 def model_from(text: str, weights: Path | None) -> nn.Module:
-    """The model that ``package.module:factory`` makes (a function without required arguments, a class, or a module object), with
-    the weights of a ``.safetensors`` file or of a state dict saved by ``torch.save``."""
-    made = _call(text, "model")
+    """The model that ``package.module:factory`` makes (a function without required arguments, a class, or a module object), or that
+    a ``.pt2`` program of torch.export holds, with the weights of a ``.safetensors`` file or of a state dict saved by ``torch.save``."""
+    made = model_from_program(Path(text)) if text.endswith(".pt2") else _call(text, "model")
     if not isinstance(made, nn.Module):
         raise InvalidInput(f"model {text!r}: it must give an nn.Module, found {type(made).__name__}")
     if weights is not None:
@@ -102,3 +103,7 @@ def _call(text: str, what: str) -> Any:
         return factory()
     except TypeError as error:
         raise InvalidInput(f"{what} {text!r}: the factory must be callable without arguments ({error})") from error
+    except InvalidInput:
+        raise
+    except Exception as error:  # whatever a user's own code may raise
+        raise InvalidInput(f"{what} {text!r}: the factory failed with {type(error).__name__} ({error})") from error

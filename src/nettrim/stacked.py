@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,16 +69,25 @@ def stacked(batches: Calibration, teacher: Replica) -> list[Group]:
         tensors = {key: value.detach().cpu() for key, value in items.items() if isinstance(value, Tensor)}
         plain = {key: value for key, value in items.items() if not isinstance(value, Tensor)}
         group = Group(tensors, plain, keyed, len({len(tensor) for tensor in tensors.values()}) == 1)
+        if not group.divisible:
+            alone.append(group)
+            continue
         form = (repr(sorted(plain.items())), *((key, value.dtype, value.shape[1:]) for key, value in sorted(tensors.items())))
-        if group.divisible and (form in found or _cuts(group, teacher)):
-            found.setdefault(form, []).append(group)
+        found.setdefault(form, []).append(group)
+    together: list[Group] = []
+    for same in found.values():
+        # a sample by itself shows nothing: two at least
+        if _cuts(next((group for group in same if len(group) > 1), None) or _joined(same[:2]), teacher):
+            together.append(_joined(same))
         else:
-            alone.append(Group(tensors, plain, keyed, False))
-    stacked = [
-        Group({key: torch.cat([g.tensors[key] for g in same]) for key in same[0].tensors}, same[0].plain, same[0].keyed, True)
-        for same in found.values()
-    ]
-    return stacked + alone
+            alone += [replace(group, divisible=False) for group in same]
+    return together + alone
+
+
+def _joined(groups: Sequence[Group]) -> Group:
+    """Groups of one form as one."""
+    tensors = {key: torch.cat([group.tensors[key] for group in groups]) for key in groups[0].tensors}
+    return replace(groups[0], tensors=tensors)
 
 
 def _cuts(group: Group, teacher: Replica) -> bool:

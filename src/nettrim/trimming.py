@@ -14,9 +14,9 @@ from .calibration import Calibration, forward, inputs_of, labels, output_tensors
 from .capture import Replica, device_of, random_state_kept, replicate
 from .deploy.channels import Flow
 from .deploy.compact import channel_flow, check, compact
-from .deploy.follow import arguments
+from .deploy.follow import LAYERS, arguments
 from .deploy.removal import library
-from .retraining import check_labelled, retrain
+from .retraining import check_labelled, check_trainable, retrain
 from .status import InvalidInput
 
 ZERO = 1e-9
@@ -141,7 +141,7 @@ def trim(
         validation: re-iterable batches; (inputs, labels) pairs where no ``score`` is given.
         training: (inputs, labels) batches for the built-in loop.
         score: a function of the model, larger is better; by default the accuracy on the validation labels.
-        ignore: layers that are left as they are.
+        ignore: layers whose neurons all stay, or modules that contain such layers.
         seed: of the built-in loop's order, and of torch's random state while ``method.train`` runs.
         progress: a function of (done, total, what).
 
@@ -156,14 +156,14 @@ def trim(
     library()
     if method.train is None and training is None:
         raise InvalidInput("trim: nothing to retrain with: give training=(inputs, labels) batches, or NetworkTrimming(train=function)")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InvalidInput(f"trim: seed must be a whole number of at least 0, found {seed!r}")
+    if score is not None and not callable(score):
+        raise InvalidInput(f"trim: score must be a function of the model that gives a number, found {score!r}")
     checked = check_labelled(validation, "validation") if score is None else Calibration(validation, "validation")
     example = next(iter(checked))
     check(model, inputs_of(example), "trim")
-    if training is not None and method.train is None:
-        check_labelled(training, "training")
-    unknown = [name for name in ignore if name not in dict(model.named_modules())]
-    if unknown:
-        raise InvalidInput(f"trim: ignore names {unknown[0]!r}, which the model does not have")
+    ignore = _layers_inside(model, ignore)
     place = device_of(model, device)
     generator = torch.Generator().manual_seed(seed)
     measure = score if score is not None else lambda network: _accuracy(network, checked, place)
@@ -172,6 +172,8 @@ def trim(
     stopped = f"all {method.rounds} rounds done"
     with random_state_kept(place):
         current = replicate(model, place, None).model
+        if training is not None and method.train is None:
+            check_trainable(current, training, place)
         first = last = _scored(measure, current)
         for number in range(1, method.rounds + 1):
             advance(number - 1, method.rounds, f"round {number}: measuring zeros")
@@ -248,7 +250,11 @@ class _Zeros(fx.Interpreter):
 
 
 def units(flow: Flow, found: Tensor, ignore: Sequence[str] = ()) -> dict[str, list[int]]:
-    """The removable classes of channels with a ReLU, by the layer that makes them; layers that share channels are one unit."""
+    """The removable classes of channels with a ReLU, by the layer that makes them; layers that share channels are one unit.
+
+    A unit with a channel of a layer in ``ignore`` is left out (those of a depthwise convolution are the channels of the layer before).
+    """
+    left = {c for name in ignore if (name, "out") in flow.ends for c in flow.ends[name, "out"].tolist()}
     merged: list[tuple[list[str], list[int]]] = []
     for name, ids in flow.sources(flow.inputs).items():
         classes = [c for c in dict.fromkeys(ids.tolist()) if c not in flow.fixed and not math.isnan(found[c])]
@@ -259,7 +265,7 @@ def units(flow: Flow, found: Tensor, ignore: Sequence[str] = ()) -> dict[str, li
             merged.remove(other)
             names, classes = other[0] + names, list(dict.fromkeys(other[1] + classes))
         merged.append((names, classes))
-    return {" + ".join(names): classes for names, classes in merged if not set(names) & set(ignore)}
+    return {" + ".join(names): classes for names, classes in merged if not left & set(classes)}
 
 
 def _trimmed(
@@ -273,8 +279,8 @@ def _trimmed(
     layers = units(flow, found, ignore)
     if not layers:
         raise InvalidInput(
-            "trim: no ReLU follows a layer whose neurons can be removed, so there are no zeros to count; network trimming needs ReLU or "
-            "ReLU6 behind Linear or convolutional layers"
+            "trim: no ReLU follows a layer whose neurons can be removed (those in ignore= stay), so there are no zeros to count; "
+            "network trimming needs ReLU or ReLU6 behind Linear or convolutional layers"
         )
     facts: dict[str, tuple[Tensor, float]] = {}
     for name, classes in layers.items():
@@ -301,6 +307,22 @@ def _trimmed(
     if smaller.notes:
         raise InvalidInput(f"trim: some neurons cannot be removed for real ({smaller.notes[0]}); pass their layers in ignore=")
     return smaller.model, rows
+
+
+def _layers_inside(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The layers of these names, or in modules of these names. Raises InvalidInput."""
+    if isinstance(names, str):
+        raise InvalidInput(f"trim: ignore must be a list of layer names, found the string {names!r}; write [{names!r}]")
+    modules = dict(model.named_modules())
+    found: list[str] = []
+    for name in names:
+        if name not in modules:
+            raise InvalidInput(f"trim: ignore names {name!r}, which the model does not have")
+        inside = [one for one, module in modules.items() if isinstance(module, LAYERS) and (one == name or one.startswith(f"{name}."))]
+        if not inside:
+            raise InvalidInput(f"trim: ignore names {name!r}, a {type(modules[name]).__name__} without Linear or convolutional layers")
+        found += inside
+    return found
 
 
 def _accuracy(model: nn.Module, batches: Calibration, device: torch.device) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from scipy.special import betaincinv, ndtr, ndtri
+from scipy.special import betainccinv, ndtr, ndtri
 
 from ..status import InvalidInput
 from .masks import removed_count
@@ -59,10 +59,12 @@ class Entries:
         return math.sqrt(3) if self.kind == "uniform" else -float(ndtri(probability / 2))
 
     def moments(self, t: float) -> tuple[float, float]:
-        """``E w^2 1[|w| <= t]`` and ``E w^4 1[|w| <= t]`` for standard deviation 1."""
+        """``E w^2 1[|w| <= t]`` and ``E w^4 1[|w| <= t]`` for standard deviation 1; ``t`` may be infinite."""
         if self.kind == "uniform":
             t = min(t, math.sqrt(3))
             return t**3 / (3 * math.sqrt(3)), t**5 / (5 * math.sqrt(3))
+        if t == math.inf:
+            return 1.0, 3.0
         inside, density = 1 - 2 * float(ndtr(-t)), math.exp(-(t**2) / 2) / math.sqrt(2 * math.pi)
         # for small t both are differences of nearly equal numbers; t^2 and t^4 times the probability are bounds, too
         second = min(max(0.0, inside - 2 * t * density) + 1e-15, t * t * inside)
@@ -89,7 +91,7 @@ def removed_norm(entries: Entries, inputs: int, outputs: int, share: float, rule
         if count == 0:
             return 0.0
         # the k-th smallest of n uniform numbers is Beta(k, n - k + 1): all that is removed lies below t but for delta / 2
-        t = entries.below(float(betaincinv(count, n - count + 1, 1 - delta / 2)))
+        t = entries.below(float(betainccinv(count, n - count + 1, delta / 2)))
         second, fourth = entries.moments(t)
     else:
         if share == 0:

@@ -28,7 +28,7 @@ class DatasetName(StrEnum):
     fashion = "fashion-mnist"
 
 
-Model = Annotated[str, typer.Argument(help="The model, as package.module:factory.")]
+Model = Annotated[str, typer.Argument(help="The model, as package.module:factory or a .pt2 program of torch.export.")]
 Folder = Annotated[Path, typer.Argument(help="What nettrim prune or result.save wrote.")]
 Weights = Annotated[Path | None, typer.Option(help="Trained weights: .safetensors, or a state dict saved by torch.save.")]
 Data = Annotated[str, typer.Option(help="Calibration data: .npy, .npz or .safetensors file, or package.module:factory giving batches.")]
@@ -39,6 +39,13 @@ Ignore = Annotated[list[str] | None, typer.Option(help="Not these layers: names 
 ActivationOption = Annotated[
     list[str] | None, typer.Option("--activation", help="LAYER=ACTIVATION where the graph does not show it (repeatable).")
 ]
+ReadingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reading",
+        help="LAYER:PART=VALUE (repeatable): corrects the norm, branch, activation or pool read behind a layer; none takes it out.",
+    ),
+]
 MaxSamples = Annotated[int, typer.Option(help="Most rows kept for one layer.")]
 BatchSize = Annotated[int, typer.Option(help="Samples per batch when data come from a file.")]
 Device = Annotated[str | None, typer.Option(help="Torch device; by default where the model is.")]
@@ -48,7 +55,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 class ManyValues(typer.core.TyperCommand):
     """Takes several values behind one ``--methods`` or ``--sparsity``: ``--sparsity 0.5 0.9`` is ``--sparsity 0.5 --sparsity 0.9``.
 
-    The model, told by its colon, is never taken for a value.
+    The model, told by its colon or its .pt2, is never taken for a value.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -56,7 +63,7 @@ class ManyValues(typer.core.TyperCommand):
         spread: list[str] = []
         option = ""
         for text in args:
-            if option and not text.startswith("-") and ":" not in text:
+            if option and not text.startswith("-") and ":" not in text and not text.endswith(".pt2"):
                 spread += [option, text]
             elif text in ("--methods", "--sparsity"):
                 option = text

@@ -29,10 +29,12 @@ from .options import (
     Layers,
     MaxSamples,
     Model,
+    ReadingOption,
     Scheme,
     SchemeOption,
     Weights,
     by_layer,
+    readings,
     target,
 )
 from .output import exit_unless_met, print_json, show, show_wide
@@ -132,13 +134,16 @@ def compare_command(
     heldout: Annotated[
         str | None, typer.Option(help="Data to measure on, with labels for accuracy; by default the calibration data.")
     ] = None,
-    methods: Annotated[list[str] | None, typer.Option(help="Names of methods, or all (the default).")] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option(help="Names of methods, or all (the default): with a pattern, those that take it.")
+    ] = None,
     sparsity: Annotated[list[float] | None, typer.Option(help="Fractions of zeros in [0, 1). Default: 0.5 0.7 0.9.")] = None,
     pattern: Annotated[str | None, typer.Option(help="Which weights may stay, such as 2:4, for all methods.")] = None,
     scheme: SchemeOption = Scheme.cascade,
     layers: Layers = None,
     ignore: Ignore = None,
     activation: ActivationOption = None,
+    reading: ReadingOption = None,
     samples: Annotated[int | None, typer.Option(help="Only this many calibration samples, the first ones.")] = None,
     max_samples: MaxSamples = MAX_SAMPLES,
     batch_size: BatchSize = 256,
@@ -150,7 +155,7 @@ def compare_command(
     """Prune a model with several methods, and compare what they leave."""
     from ..render import compare_files  # drawing is needed only here
 
-    activations = by_layer("activation", activation)
+    corrections, activations = readings(reading), by_layer("activation", activation)
     folder = checkpoint.check_writable(output)
     network = model_from(model, weights)
     batches = batches_from(data, network, batch_size)
@@ -166,6 +171,7 @@ def compare_command(
             layers=layers,
             ignore=ignore or (),
             activations=activations,
+            readings=corrections,
             max_samples=max_samples,
             seed=seed,
             device=device,

@@ -10,8 +10,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from ..compare import METHODS, ComparedRun, Comparison
 
 # of Okabe and Ito (2008): told apart with every kind of colour vision; the markers tell them apart in grey
-_COLOURS = ("#0072b2", "#000000", "#999999", "#e69f00", "#d55e00", "#009e73", "#cc79a7")
-_MARKERS = ("o", "x", "+", "s", "D", "^", "v")
+_COLOURS = ("#0072b2", "#000000", "#999999", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
+_MARKERS = ("o", "x", "+", "s", "D", "^", "v", "P")
 _LABELS = {"accuracy": "accuracy (%)", "agreement": "predicted class unchanged (%)", "discrepancy": "discrepancy of the outputs (%)"}
 _CLOSE = 1.12  # ticks nearer than this factor would print over each other
 
