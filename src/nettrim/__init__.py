@@ -3,9 +3,9 @@
 from .alternating import Alternated, alternate
 from .bound_network import GapBound, NetworkBounds, network_bounds
 from .certificate import Certificate
-from .checkpoint import load
+from .checkpoint import load, save_weights
 from .compare import ComparedRun, Comparison, compare
-from .deploy import Compacted, compact
+from .deploy import Accelerated, Compacted, Exported, accelerate, compact, export
 from .distill import Distilled, distill
 from .finetune import keep_zeros
 from .methods import LOBS, OBS, LinearADMM, Magnitude, NetTrim, Random, SparseGPT, Wanda
@@ -17,6 +17,7 @@ from .trimming import NetworkTrimming, Trimmed, trim
 from .verify import verify
 
 __all__ = [  # noqa: RUF022 (plain order)
+    "Accelerated",
     "Alternated",
     "Certificate",
     "CertificateError",
@@ -24,6 +25,7 @@ __all__ = [  # noqa: RUF022 (plain order)
     "ComparedRun",
     "Comparison",
     "Distilled",
+    "Exported",
     "GapBound",
     "InvalidInput",
     "LOBS",
@@ -44,15 +46,18 @@ __all__ = [  # noqa: RUF022 (plain order)
     "Trimmed",
     "UnknownLayer",
     "Wanda",
+    "accelerate",
     "alternate",
     "compact",
     "compare",
     "distill",
+    "export",
     "keep_zeros",
     "load",
     "network_bounds",
     "prune",
     "recertify",
+    "save_weights",
     "trim",
     "verify",
 ]

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from . import packing
 from .certificate import Certificate
 from .layers import add_bias, can_take_bias
 from .report import PruneReport
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from .pruning import PruneResult
 
 MODEL, REPORT, CERTIFICATE, PAGE = "model.safetensors", "report.json", "certificate.json", "report.html"
+PACKING = "nettrim_packing"  # the key of a weights file's metadata that holds the header of packed tensors (docs/files.md)
 
 
 def check_writable(folder: str | Path) -> Path:
@@ -56,7 +59,90 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save(result: PruneResult, folder: str | Path, comparison: Any = ()) -> Path:
+@dataclass(frozen=True)
+class WeightsSize:
+    """How large a weights file is: the bytes of its tensors when dense, those of the file, and how many of its tensors are packed."""
+
+    dense_bytes: int
+    stored_bytes: int
+    tensors: int
+    packed: int
+
+    @property
+    def ratio(self) -> float:
+        """Stored over dense; a little above 1 for a dense file, which has a header."""
+        return self.stored_bytes / self.dense_bytes if self.dense_bytes else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "dense_bytes": self.dense_bytes,
+            "stored_bytes": self.stored_bytes,
+            "ratio": self.ratio,
+            "tensors": self.tensors,
+            "packed": self.packed,
+        }
+
+
+def weights_size(file: str | Path) -> WeightsSize:
+    """The size of a safetensors file, read from its header.
+
+    Raises:
+        InvalidInput: the file is missing or damaged.
+    """
+    path = Path(file)
+    metadata, names = _header(path)
+    stored = path.stat().st_size
+    with path.open("rb") as opened:
+        data = stored - 8 - int.from_bytes(opened.read(8), "little")  # what follows the header, which safetensors has checked
+    entries: dict[str, packing.Entry] = {}
+    if PACKING in metadata:
+        try:
+            entries = packing.read_header(metadata[PACKING])[1]
+        except InvalidInput as error:
+            raise InvalidInput(f"weights file {path}: {error}") from error
+    saved = sum(entry.dense_bytes - entry.payload_bytes for entry in entries.values())
+    return WeightsSize(data + saved, stored, len(names), len(entries))
+
+
+def save_weights(model: nn.Module, file: str | Path, *, compressed: bool = False) -> Path:
+    """Writes the state dict of any model to a safetensors file, which `load` reads; returns its path. An earlier file is replaced whole.
+
+    Args:
+        model: any module; for a `PruneResult` use its ``save``, which writes report and certificate too.
+        file: must end in ``.safetensors``; its folder is created when missing.
+        compressed: store tensors with many zeros as values and positions (docs/files.md). They are restored to the last bit.
+
+    Raises:
+        InvalidInput: another name, a folder that cannot be written to, or state that is not a tensor.
+    """
+    path = Path(file)
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise InvalidInput(f"weights file {path}: it must be a file whose name ends in .safetensors; choose another name")
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"save_weights: model must be an nn.Module, found {type(model).__name__}; a PruneResult has a save of its own")
+    folder = check_writable(path.parent)
+    state = state_tensors(model)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        _write_weights(state, staging / MODEL, {}, compressed)
+        os.replace(staging / MODEL, path)
+    except (OSError, SafetensorError) as error:
+        raise InvalidInput(f"weights file {path}: it could not be written ({error}); an earlier file is as it was") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return path
+
+
+def _write_weights(state: Mapping[str, Tensor], file: Path, more: Mapping[str, str], compressed: bool) -> None:
+    metadata = {"format": "pt", "producer": "nettrim", **more}
+    stored = dict(state)
+    if compressed:
+        stored, metadata[PACKING] = packing.pack(state)
+    save_file(stored, file, metadata=metadata)
+
+
+def save(result: PruneResult, folder: str | Path, comparison: Any = (), *, compressed: bool = False) -> Path:
     """Writes model.safetensors, report.json, certificate.json and report.html into ``folder``; returns it."""
     from .render import report_html  # drawing is needed only here
 
@@ -67,7 +153,7 @@ def save(result: PruneResult, folder: str | Path, comparison: Any = ()) -> Path:
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=path))
     try:
         added = json.dumps(result.report.settings.get("added_biases", []))
-        save_file(state, staging / MODEL, metadata={"format": "pt", "producer": "nettrim", "added_biases": added})
+        _write_weights(state, staging / MODEL, {"added_biases": added}, compressed)
         _write_json(staging / REPORT, result.report.to_dict())
         _write_json(staging / CERTIFICATE, result.certificate.to_dict())
         (staging / PAGE).write_text(page, encoding="utf-8")
@@ -134,13 +220,23 @@ def _added_biases(path: Path) -> list[str]:
     if path.suffix != ".safetensors":
         return []
     try:
-        with safe_open(path, framework="pt") as file:
-            names = json.loads((file.metadata() or {}).get("added_biases", "[]"))
-    except (SafetensorError, OSError, ValueError) as error:
+        names = json.loads(_header(path)[0].get("added_biases", "[]"))
+    except ValueError as error:
         raise InvalidInput(f"weights file {path}: its header cannot be read ({error})") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InvalidInput(f"weights file {path}: added_biases in its header must be a list of names, found {names!r}")
     return names
+
+
+def _header(path: Path) -> tuple[dict[str, str], list[str]]:
+    """Metadata of a safetensors file, and the names under which its tensors are stored."""
+    if not path.is_file():
+        raise InvalidInput(f"weights file {path}: there is no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise InvalidInput(f"weights file {path}: it cannot be read ({error})") from error
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
@@ -186,12 +282,16 @@ def weight_of(state: Mapping[str, Tensor], layer: str) -> Tensor:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a ``.safetensors`` file, or of a state dict saved by ``torch.save`` (read with ``weights_only=True``)."""
+    """Tensors of a ``.safetensors`` file, packed ones restored, or of a state dict saved by ``torch.save`` (with ``weights_only=True``).
+
+    Raises:
+        InvalidInput: the file is missing, damaged, of a later version, or holds something else; it names the tensor where one is wrong.
+    """
     if not path.is_file():
         raise InvalidInput(f"weights file {path}: there is no such file")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise InvalidInput(f"weights file {path}: it cannot be read ({error})") from error
@@ -202,6 +302,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InvalidInput(f"weights file {path}: it must hold a state dict of tensors; save model.state_dict()")
     return dict(state)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    metadata, _ = _header(path)
+    try:
+        stored = load_file(path)
+        return packing.unpack(stored, metadata[PACKING]) if PACKING in metadata else stored
+    except InvalidInput as error:
+        raise InvalidInput(f"weights file {path}: {error}") from error
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise InvalidInput(f"weights file {path}: it cannot be read ({error})") from error
+    except MemoryError as error:
+        raise InvalidInput(f"weights file {path}: its tensors do not fit into memory ({error}); use a machine with more") from error
 
 
 def read_report(folder: str | Path) -> PruneReport:

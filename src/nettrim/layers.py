@@ -124,6 +124,7 @@ class LayerView:
     def write(self, W: Tensor, b: Tensor | None) -> None:
         """Writes weights (N, M) and bias (M,) back in place, keeping the parameters themselves (names, flags, dtype, device)."""
         with torch.no_grad():
+            W = W + 0.0  # a product with a mask leaves -0.0, which costs a bit in compressed files
             self.weight.copy_(W if is_transposed_linear(self.module) else W.T.reshape(self.weight.shape))
             if b is not None:
                 cast(nn.Parameter, self.module.bias).copy_(b)

@@ -49,11 +49,15 @@ class PruneResult:
     report: PruneReport
     certificate: Certificate
 
-    def save(self, folder: str | Path) -> Path:
-        """Writes model.safetensors, report.json, certificate.json and report.html; all of them or none."""
+    def save(self, folder: str | Path, *, compressed: bool = False) -> Path:
+        """Writes model.safetensors, report.json, certificate.json and report.html; all of them or none.
+
+        With ``compressed``, tensors with many zeros are stored as values and positions (docs/files.md). ``load`` and ``verify``
+        restore them to the last bit; other readers of safetensors see packed bytes.
+        """
         from .checkpoint import save  # checkpoint renders the page; only those who save need it
 
-        return save(self, folder)
+        return save(self, folder, compressed=compressed)
 
     def masks(self) -> dict[str, NDArray[np.bool_]]:
         """For each pruned layer, which weights are not zero, in the shape in which its module keeps them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import pruning, studies
+from . import deployment, pruning, studies
 from .options import ManyValues
 from .output import told
 
@@ -19,6 +19,7 @@ app.command("prune")(told(pruning.prune_command))
 app.command("verify")(told(pruning.verify_command))
 app.command("report")(told(pruning.report_command))
 app.command("distill")(told(pruning.distill_command))
+app.command("export")(told(deployment.export_command))
 app.command("bound")(told(studies.bound_command))
 app.command("demo")(told(studies.demo_command))
 app.command("compare", cls=ManyValues)(told(studies.compare_command))

@@ -63,7 +63,7 @@ def exit_unless_met(report: PruneReport, certificate: Certificate) -> None:
 def show(report: PruneReport, certificate: Certificate, folder: Path, as_json: bool) -> None:
     """A result: tables and the verdict, or one JSON object."""
     if as_json:
-        print_json({"output": str(folder), "report": report.to_dict(), "certificate": certificate.to_dict()})
+        print_json({"output": str(folder), "report": report.to_dict(), "certificate": certificate.to_dict(), "size": size_of(folder)})
         return
     console = Console()
     console.print(render.report_table(report))
@@ -71,9 +71,25 @@ def show(report: PruneReport, certificate: Certificate, folder: Path, as_json: b
     console.print(render.certificate_words(certificate)[0], highlight=False, markup=False)
     for note in report.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
+    console.print(size_words(folder), highlight=False, markup=False)
     page = folder / checkpoint.PAGE
     if page.is_file():
         console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+def size_of(folder: Path) -> dict[str, Any] | None:
+    """How large the weights of a saved folder are (`checkpoint.WeightsSize`); None where it holds none."""
+    file = folder / checkpoint.MODEL
+    return checkpoint.weights_size(file).to_dict() if file.is_file() else None
+
+
+def size_words(folder: Path) -> str:
+    """Sizes on disk, in one line."""
+    size = size_of(folder)
+    if size is None:
+        return f"weights: {checkpoint.MODEL} is not in this folder"
+    packed = f"; {size['packed']} of {size['tensors']} tensors packed" if size["packed"] else ""
+    return f"weights: {size['stored_bytes']:,} bytes on disk, {size['dense_bytes']:,} dense ({size['ratio']:.1%}{packed})"
 
 
 def show_wide(table: Table) -> Console:

@@ -32,6 +32,7 @@ from .options import (
     Layers,
     MaxSamples,
     Model,
+    ReadingOption,
     Scheme,
     SchemeOption,
     Weights,
@@ -39,7 +40,7 @@ from .options import (
     readings,
     target,
 )
-from .output import exit_unless_met, print_json, show
+from .output import exit_unless_met, print_json, show, size_of
 
 
 class Norm(StrEnum):
@@ -79,6 +80,7 @@ class LossName(StrEnum):
 
 
 OutputFolder = Annotated[Path, typer.Option(help="Folder for model.safetensors, report.json, certificate.json, report.html.")]
+Compressed = Annotated[bool, typer.Option("--compressed", help="Store tensors with many zeros as values and positions, exactly.")]
 
 
 def prune_command(
@@ -115,17 +117,13 @@ def prune_command(
     layers: Layers = None,
     ignore: Ignore = None,
     activation: ActivationOption = None,
-    reading: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="LAYER:PART=VALUE (repeatable): corrects the norm, branch, activation or pool read behind a layer; none takes it out."
-        ),
-    ] = None,
+    reading: ReadingOption = None,
     add_bias: Annotated[bool, typer.Option("--add-bias", help="Give layers a bias where neither they nor a batch-norm hold one.")] = False,
     max_samples: MaxSamples = MAX_SAMPLES,
     batch_size: BatchSize = 256,
     seed: Annotated[int, typer.Option(help="Chooses rows where there are more than --max-samples, and what random keeps.")] = 0,
     device: Device = None,
+    compressed: Compressed = False,
     as_json: Json = False,
 ) -> None:
     """Prune a trained model and save it with its report and certificate."""
@@ -164,7 +162,7 @@ def prune_command(
         device=device,
         progress=not as_json,
     )
-    result.save(output)
+    result.save(output, compressed=compressed)
     show(result.report, result.certificate, output, as_json)
     exit_unless_met(result.report, result.certificate)
 
@@ -238,6 +236,7 @@ def distill_command(
     batch_size: BatchSize = 256,
     seed: Annotated[int, typer.Option(help="Chooses the samples held back, their order and their mixtures.")] = 0,
     device: Device = None,
+    compressed: Compressed = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a pruned model towards the trained one without labels, zeros kept, and certify it anew."""
@@ -267,12 +266,11 @@ def distill_command(
         )
     result = recertify(saved, made.model, network, batches, heldout=unseen, device=device)
     result = replace(result, report=replace(result.report, notes=(*result.report.notes, _words(made))))
-    result.save(output)
+    result.save(output, compressed=compressed)
     if as_json:
         told = {item.name: getattr(made, item.name) for item in fields(made) if item.name != "model"}
-        print_json(
-            {"output": str(output), "distilled": told, "report": result.report.to_dict(), "certificate": result.certificate.to_dict()}
-        )
+        made_of = {"report": result.report.to_dict(), "certificate": result.certificate.to_dict(), "size": size_of(output)}
+        print_json({"output": str(output), "distilled": told, **made_of})
     else:
         show(result.report, result.certificate, output, as_json)
     exit_unless_met(result.report, result.certificate)

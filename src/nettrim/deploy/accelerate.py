@@ -1,0 +1,145 @@
+"""Makes a pruned network faster for real: sparse execution where it was measured to be faster, dense where not."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import forward
+from ..capture import Replica, device_of, random_state_kept, replicate
+from ..status import InvalidInput, NetTrimError
+from . import semi_structured, sparse_candidates
+from .compact import _allowed, _difference, check, outputs
+from .sparse_timing import interleaved, typical
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one layer runs. ``kind``: dense, csr (PyTorch's sparse product), direct (numba) or semi-structured (2:4 on a GPU).
+
+    ``seconds`` of each candidate alone, with the batch-norm, sum and activation that it is merged with, at the example's batch size;
+    ``density`` is the share of its weights that are not zero; ``why`` says what decided.
+    """
+
+    name: str
+    kind: str
+    seconds: Mapping[str, float]
+    density: float
+    why: str
+
+
+@dataclass(frozen=True, eq=False)
+class Accelerated:
+    """What :func:`accelerate` made. ``seconds`` of whole passes over the example by candidate, ``kept`` the one that ``model`` is.
+
+    ``difference`` of the outputs on the example, relative to the largest; ``notes`` say what could not be accelerated.
+    """
+
+    model: nn.Module
+    choices: tuple[Choice, ...]
+    difference: float
+    seconds: Mapping[str, float]
+    kept: str
+    threads: int
+    notes: tuple[str, ...]
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster than the model as given, on the example."""
+        return self.seconds["dense"] / self.seconds[self.kept]
+
+    def __str__(self) -> str:
+        lines = [f"{self.kept}: {self.ratio:.2f} times as fast as dense on the example ({self.threads} threads)"]
+        lines += [f"  {choice.name}: {choice.kind}, density {choice.density:.1%}, {choice.why}" for choice in self.choices]
+        return "\n".join((*lines, *self.notes))
+
+
+def accelerate(model: nn.Module, example: Any, *, device: torch.device | str | None = None, budget: float = 0.3) -> Accelerated:
+    """A copy of ``model`` for inference whose sparse layers run as sparse products where that is faster on this machine.
+
+    Every Linear and Conv2d is timed dense and sparse at the example's batch size, with the threads that torch has now; whole passes are
+    timed too, and the fastest arrangement is kept, the dense one if it is that. Layers that follow each other, with the batch-norm, sums,
+    activations and pooling in between, become one module whose activations stay features-first (docs/acceleration.md). Direct sparse
+    kernels need numba (``pip install "nettrim[fast]"``); without it only Linear layers are accelerated, by PyTorch's CSR product.
+
+    The copy is in eval mode and frozen; its accelerated parts refuse training, gradients, and other inputs than float32 on the CPU. It
+    takes any batch size and, where the model does, any image size.
+
+    Args:
+        example: a batch of the size to be fast at: a tensor, a tuple whose first item is the input, or a mapping of keyword inputs.
+        device: where the copy runs; by default where the model is. On CUDA, Linear layers with 2:4 zeros are tried with PyTorch's
+            semi-structured kernels, and nothing else.
+        budget: seconds of measuring for each candidate.
+
+    Raises:
+        InvalidInput: the model cannot be copied or run on the example, holds NaN or inf, or the device has no such kernels.
+        NetTrimError: the outputs differ by more than 1e-5 of the largest.
+    """
+    if not (isinstance(budget, (int, float)) and budget > 0):
+        raise InvalidInput(f"accelerate: budget must be a positive number of seconds, found {budget!r}; the default is 0.3")
+    check(model, example, "accelerate")
+    place = device_of(model, device)
+    if place.type not in ("cpu", "cuda"):
+        raise InvalidInput(f"accelerate: {place} is a device without the kernel; use device='cpu', or 'cuda' for 2:4 zeros")
+    with random_state_kept(place):
+        twin = replicate(model, place, None)
+        twin.model.requires_grad_(False)
+        reference = {key: y.clone() for key, y in outputs(twin, example, "accelerate").items()}
+
+        def differs(module: nn.Module) -> float:
+            return _difference(reference, outputs(Replica(module, place, None), example, "accelerate"))
+
+        allowed = _allowed(twin.model)
+        if place.type == "cuda":
+            found = semi_structured.search(twin, example, budget)
+        else:
+            native = importlib.util.find_spec("numba") is not None
+            found = sparse_candidates.search(twin, example, budget, native, lambda module: differs(module) <= allowed)
+        seconds = _whole(found, example, place, budget)
+        kept = min(seconds, key=lambda name: seconds[name])
+        made = found.candidates[kept]
+        difference = differs(made.module)
+    if not difference <= allowed:
+        raise NetTrimError(
+            f"accelerate: the output differs by {difference:.2g} of the largest output, more than {allowed:.0e}: nothing is returned; "
+            "please report the model's structure"
+        )
+    choices = tuple(_choice(name, layer, made, kept, found) for name, layer in sparse_candidates.layers_of(twin.model).items())
+    return Accelerated(made.module, choices, difference, seconds, kept, torch.get_num_threads(), tuple(found.notes))
+
+
+def _whole(found: sparse_candidates.Found, example: Any, place: torch.device, budget: float) -> dict[str, float]:
+    """Seconds of one pass over the example, by candidate."""
+
+    def run(module: nn.Module) -> Callable[[], None]:
+        def once() -> None:
+            forward(module, example, place, None)
+            if place.type == "cuda":
+                torch.cuda.synchronize(place)
+
+        return once
+
+    taken = interleaved({name: run(candidate.module) for name, candidate in found.candidates.items()}, budget)
+    return {name: typical(values) for name, values in taken.items()}
+
+
+def _choice(name: str, layer: nn.Module, made: sparse_candidates.Candidate, kept: str, found: sparse_candidates.Found) -> Choice:
+    seconds = found.seconds.get(name, {})
+    weight = getattr(layer, "weight", None)
+    density = float((weight.detach() != 0).double().mean()) if isinstance(weight, Tensor) and weight.numel() else 1.0
+    kind = made.kinds.get(name, "dense")
+    if name in found.unable:
+        why = found.unable[name]
+    elif not seconds:
+        why = "nothing around it lets it run on sparse weights"
+    else:
+        why = ", ".join(f"{key} {value * 1e3:.3g} ms" for key, value in seconds.items())
+        fastest = min(seconds, key=lambda key: seconds[key])
+        if fastest != kind:
+            why += f"; {fastest} is faster alone, but the whole model is fastest as {kept!r}"
+    return Choice(name, kind, dict(seconds), density, why)

@@ -1,0 +1,95 @@
+"""Export to ONNX, checked by onnxruntime before the file is put in its place.
+
+onnx, onnxruntime and onnxscript are optional (``pip install "nettrim[onnx]"``) and imported on first use.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..solvers.reference import MissingExtra
+from ..status import InvalidInput
+from .compact import outputs
+from .export_common import allowed, check_output, difference, refuse_different, resized, staged, start
+from .export_program import known_warnings, traced
+from .export_result import Exported
+
+TOLERANCE = 1e-4
+"""By how much onnxruntime's outputs may differ, relative to the largest."""
+
+
+def libraries() -> tuple[ModuleType, ModuleType]:
+    """Onnx and onnxruntime. Raises MissingExtra."""
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401  # torch's exporter needs it
+    except ImportError as error:
+        raise MissingExtra('export to ONNX needs onnx, onnxruntime and onnxscript: pip install "nettrim[onnx]"') from error
+    return onnx, onnxruntime
+
+
+def export_onnx(model: object, example: Any, path: str | Path) -> Exported:
+    """Writes an ONNX file: shapes as the model has them, weights dense with their zeros; see :func:`nettrim.export`."""
+    onnx, onnxruntime = libraries()
+    place = check_output(path, ".onnx")
+    twin, inputs = start(model, example)
+    program, sizes, notes = traced(twin, inputs)
+    tolerance, worst = allowed(twin.model, TOLERANCE), 0.0
+    with staged(place, [place.name]) as folder:
+        file = folder / place.name
+        try:
+            with known_warnings(), _quiet(), torch.no_grad():
+                made = torch.onnx.export(program, dynamo=True, verbose=False)
+            assert made is not None
+            proto = made.model_proto
+            _without_traces(proto)
+            onnx.save(proto, file)
+            onnx.checker.check_model(str(file), full_check=True)
+            session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        except Exception as error:  # the exporter, onnx and onnxruntime each raise kinds of their own
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InvalidInput(f"export: no ONNX file could be made of the model ({first}); nothing is written") from error
+        for samples in sizes:
+            batch = resized(inputs, samples)
+            wanted = list(outputs(twin, batch, "export").values())
+            found = difference(wanted, _run(session, batch))
+            refuse_different(found, tolerance, "ONNX", samples)
+            worst = max(worst, found)
+        size = file.stat().st_size
+    return Exported(place, "onnx", (place,), size, worst, sizes, len(sizes) > 1, notes)
+
+
+def _run(session: Any, batch: Any) -> list[Tensor]:
+    """The floating-point outputs of an onnxruntime session."""
+    names = [item.name for item in session.get_inputs()]
+    given = {name: batch[name] if isinstance(batch, Mapping) else batch for name in names}
+    found = session.run(None, {name: value.numpy() for name, value in given.items()})
+    return [tensor for array in found if (tensor := torch.from_numpy(array)).is_floating_point()]
+
+
+def _without_traces(proto: Any) -> None:
+    """Takes out the exporter's notes on where in the source each node came from: they hold paths of this computer."""
+    for graph in (proto.graph, *proto.functions):
+        for node in graph.node:
+            del node.metadata_props[:]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on operators of packages that are not installed."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

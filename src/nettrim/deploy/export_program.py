@@ -1,0 +1,101 @@
+"""Export by torch.export: a ``.pt2`` program, checked after it was loaded again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import Dim, ExportedProgram
+
+from ..calibration import output_tensors
+from ..capture import Replica
+from ..status import InvalidInput
+from .compact import outputs
+from .export_common import allowed, batched, check_output, count, difference, refuse_different, resized, staged, start
+from .export_result import Exported
+
+TOLERANCE = 1e-5
+"""By how much outputs may differ, relative to the largest."""
+
+
+def export_program(model: object, example: Any, path: str | Path) -> Exported:
+    """Writes a ``.pt2`` program that ``torch.export.load`` reads; see :func:`nettrim.export`."""
+    place = check_output(path, ".pt2")
+    twin, inputs = start(model, example)
+    program, sizes, notes = traced(twin, inputs)
+    tolerance, worst = allowed(twin.model, TOLERANCE), 0.0
+    with staged(place, [place.name]) as folder:
+        with known_warnings():
+            torch.export.save(program, folder / place.name)
+            loaded = torch.export.load(folder / place.name).module()
+        for samples in sizes:
+            batch = resized(inputs, samples)
+            wanted = list(outputs(twin, batch, "export").values())
+            with torch.no_grad():
+                made = loaded(**batch) if isinstance(batch, Mapping) else loaded(batch)
+            found = difference(wanted, list(output_tensors(made).values()))
+            refuse_different(found, tolerance, ".pt2", samples)
+            worst = max(worst, found)
+        size = (folder / place.name).stat().st_size
+    return Exported(place, "pt2", (place,), size, worst, sizes, len(sizes) > 1, notes)
+
+
+def traced(twin: Replica, inputs: Any) -> tuple[ExportedProgram, tuple[int, ...], tuple[str, ...]]:
+    """The program, the batch sizes that it is to be checked on (more than one where it takes any), and notes.
+
+    Raises InvalidInput where torch.export cannot follow the model.
+    """
+    samples = count(inputs)
+    causes: list[str] = []
+    # torch.export takes a size of 0 or 1 for a constant, so that the free size is shown to it as 2; some models need at least 2 samples
+    for least in (1, 2, None):
+        try:
+            program = _program(twin, inputs if least is None else resized(inputs, 2), least)
+        except Exception as error:  # torch.export raises many kinds; what only the free size caused goes away without it
+            causes.append(_first(error))
+            if least is None:
+                raise InvalidInput(
+                    f"export: torch.export cannot follow the model ({causes[-1]}); take data-dependent branches out of forward"
+                ) from error
+            continue
+        break
+    notes: tuple[str, ...] = ()
+    if least == 2:
+        notes = (f"the batch must hold at least 2 samples ({causes[0]})",)
+    elif least is None:
+        notes = (f"the batch size is fixed at {samples}: torch.export does not take the model with any other ({causes[0]})",)
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # paths of the computer that it was made on
+    if least is None:
+        return program, (samples,), notes
+    shown = max(samples, least)
+    return program, tuple(dict.fromkeys((shown, shown + 1, least))), notes
+
+
+def _program(twin: Replica, inputs: Any, least: int | None) -> ExportedProgram:
+    positional, named = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), None)
+    shapes: Any = None
+    if least is not None:
+        size, dim = count(inputs), Dim("batch", min=least)
+        shapes = ({0: dim},)
+        if named is not None:
+            shapes = {key: {0: dim} if batched(value, size) else None for key, value in named.items()}
+    with torch.no_grad(), known_warnings():
+        return torch.export.export(twin.model, positional, named, dynamic_shapes=shapes)
+
+
+@contextmanager
+def known_warnings() -> Iterator[None]:
+    """Torch's own use of what it has deprecated itself, which a caller can do nothing about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
+        yield
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

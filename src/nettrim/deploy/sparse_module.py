@@ -1,0 +1,82 @@
+"""What modules on sparse weights have in common: their buffers, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..status import InvalidInput
+from .sparse_steps import SparseWeights, Step
+
+
+class SparseModule(nn.Module):
+    """Runs ``steps`` on sparse weights that lie in buffers; tensors 0, 1, ... are its inputs, ``outputs`` those that it returns."""
+
+    def __init__(self, steps: Sequence[Step], weights: Mapping[str, SparseWeights], outputs: Sequence[int]) -> None:
+        super().__init__()
+        self.steps, self.outputs = tuple(steps), tuple(outputs)
+        self.shapes: dict[str, tuple[tuple[int, ...], int]] = {}
+        for number, (name, found) in enumerate(weights.items()):
+            self.shapes[name] = (found.shape, found.groups)
+            for part in ("values", "columns", "rows", "bias"):
+                self.register_buffer(f"layer{number}_{part}", getattr(found, part).clone())
+        self.eval()
+        self._forget()
+
+    @property
+    def weights(self) -> dict[str, SparseWeights]:
+        """The layers' sparse weights, by name."""
+        found = {}
+        for number, (name, (shape, groups)) in enumerate(self.shapes.items()):
+            values, columns, rows, bias = (getattr(self, f"layer{number}_{part}") for part in ("values", "columns", "rows", "bias"))
+            found[name] = SparseWeights(values, columns, rows, bias, shape, groups)
+        return found
+
+    def extra_repr(self) -> str:
+        """The layers and their densities."""
+        return ", ".join(f"{name}: {found.density:.1%}" for name, found in self.weights.items())
+
+    def refuse(self, tensors: Sequence[Tensor]) -> None:
+        """Refuses what would not compute what the model does in eval mode. Raises InvalidInput."""
+        if self.training:
+            raise InvalidInput("an accelerated model runs in eval mode only: call .eval(), or train the model that it was made from")
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise InvalidInput(
+                "an accelerated model has no gradients: run it under torch.no_grad() or torch.inference_mode(), or take gradients of the "
+                "model that it was made from"
+            )
+        for tensor in tensors:
+            if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+                raise InvalidInput(
+                    f"an accelerated model runs on float32 tensors on the CPU, found {tensor.dtype} on {tensor.device}; move the input, or "
+                    "use the model that it was made from"
+                )
+
+    def refuse_moved(self) -> None:
+        """Refuses weights that were moved or converted. Raises InvalidInput."""
+        for tensor in self.buffers():
+            if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.int32):
+                raise InvalidInput(
+                    f"an accelerated model stays float32 on the CPU, found weights of {tensor.dtype} on {tensor.device}; convert or move "
+                    "the model first, then accelerate it"
+                )
+
+    def _forget(self) -> None:
+        """Drops what depends on where weights lie and which they are."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SparseModule:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._forget()
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        super()._load_from_state_dict(*arguments, **keywords)
+        self._forget()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget()

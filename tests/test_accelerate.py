@@ -1,0 +1,320 @@
+"""`nettrim.accelerate`: what it chooses, what it returns, and how what it returns behaves."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nettrim
+from nettrim.deploy import accelerate as _function
+from nettrim.deploy import semi_structured, sparse_candidates
+from nettrim.deploy.sparse_chain import SparseChain
+from nettrim.deploy.sparse_region import SparseRegion
+from nettrim.deploy.sparse_timing import interleaved, typical
+from nettrim.experiments import zoo
+from nettrim.status import InvalidInput, NetTrimError
+
+module = importlib.import_module(_function.__module__)
+BUDGET = 0.01
+native = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="needs numba")
+
+
+def sparse(model: nn.Module, share: float = 0.95) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+                layer.weight.mul_(torch.rand(layer.weight.shape, generator=generator) >= share)
+    return model.eval()
+
+
+def fc() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(144, 96), nn.ReLU(), nn.Dropout(), nn.Linear(96, 64), nn.GELU(), nn.Linear(64, 10))
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def force(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    """The clock says that one candidate is the fastest; what it computes is real."""
+    real = sparse_candidates.search
+
+    def search(*arguments: Any) -> sparse_candidates.Found:
+        found = real(*arguments)
+        assert wanted in found.candidates, found.candidates
+        return found
+
+    def whole(found: sparse_candidates.Found, *rest: Any) -> dict[str, float]:
+        return {name: 1.0 if name == wanted else 2.0 for name in found.candidates}
+
+    monkeypatch.setattr(sparse_candidates, "search", search)
+    monkeypatch.setattr(module, "_whole", whole)
+
+
+KINDS = [pytest.param("every layer sparse", marks=native), "CSR where faster alone"]
+
+
+@pytest.fixture(params=KINDS)
+def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param.startswith("CSR"):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(sparse_candidates._Regions, "_wins", lambda self, name, kind: kind in self.found.seconds.get(name, {}))
+    force(monkeypatch, request.param)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_the_function_stays_at_any_batch_size(forced: str, rows: int) -> None:
+    model = sparse(fc())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    made = nettrim.accelerate(model, draw(rows, 1, 12, 12), budget=BUDGET)
+    assert made.kept == forced and made.difference <= 1e-5 and made.ratio == 2.0
+    for other in (1, 3, 16, 50):
+        x = draw(other, 1, 12, 12, seed=other)
+        with torch.inference_mode():
+            assert distance(made.model(x), model(x)) <= 1e-5
+        assert distance(made.model(x), model(x).detach()) <= 1e-5
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    kind = "csr" if forced.startswith("CSR") else "direct"
+    assert [choice.kind for choice in made.choices] == [kind] * 3
+    assert all({"dense", "csr"} <= set(choice.seconds) and choice.density < 0.1 for choice in made.choices)
+    words = str(made)
+    assert forced in words and all(choice.name in words and choice.why in words for choice in made.choices)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "state_dict"])
+def test_copies_compute_the_same(forced: str, how: str) -> None:
+    model, x = sparse(fc()), draw(6, 1, 12, 12)
+    made = nettrim.accelerate(model, x, budget=BUDGET).model
+    before = made(x)
+    if how == "deepcopy":
+        twin = copy.deepcopy(made)
+    elif how == "pickle":
+        file = io.BytesIO()
+        torch.save(made, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    else:
+        twin = copy.deepcopy(made)
+        twin(x)
+        for buffer in twin.buffers():
+            buffer.zero_()
+        twin.load_state_dict(made.state_dict())
+    assert torch.equal(twin(x), before) and torch.equal(made(x), before)
+    for name, buffer in twin.named_buffers():
+        if name.endswith("values"):
+            buffer.zero_()
+    assert not torch.equal(twin(x), before) and torch.equal(made(x), before)  # no memory is shared
+    loaded = copy.deepcopy(made)
+    loaded(x)
+    loaded.load_state_dict(twin.state_dict(), assign=True)
+    assert torch.equal(loaded(x), twin(x))
+
+
+def test_what_accelerated_parts_refuse(forced: str) -> None:
+    made = nettrim.accelerate(sparse(fc()), draw(4, 1, 12, 12), budget=BUDGET).model
+    x = draw(4, 1, 12, 12)
+    with pytest.raises(InvalidInput, match="no gradients"):
+        made(x.requires_grad_())
+    with torch.no_grad():
+        made(x)
+    x = x.detach()
+    with pytest.raises(InvalidInput, match="eval mode"):
+        made.train()(x)
+    made.eval()
+    with pytest.raises(InvalidInput, match="float64"):
+        made(x.double())
+    with pytest.raises(InvalidInput, match="features"):
+        made(draw(4, 1, 11, 11))
+    with pytest.raises(InvalidInput, match="float32 on the CPU"):
+        made.double()(x)
+    assert made.float()(x).shape == (4, 10)
+
+
+def test_several_threads_at_once(forced: str) -> None:
+    model = sparse(fc())
+    made = nettrim.accelerate(model, draw(8, 1, 12, 12), budget=BUDGET).model
+    worst: list[float] = []
+
+    def work(seed: int) -> None:
+        for number in range(15):
+            x = draw(1 + (seed + number) % 9, 1, 12, 12, seed=seed * 100 + number)
+            with torch.inference_mode():
+                worst.append(distance(made(x), model(x)))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(worst) == 60 and max(worst) <= 1e-5
+
+
+@native
+@pytest.mark.parametrize("name", ["lenet5", "vgg_like", "resnet20_a", "resnet20_b", "depthwise_separable", "transformer_encoder"])
+def test_the_zoo(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, "every layer sparse")
+    model = sparse(zoo.NETWORKS[name].make(in_channels=1, classes=10, image_size=20, seed=0), 0.8)
+    made = nettrim.accelerate(model, draw(3, 1, 20, 20), budget=1e-3)
+    regions = [part for part in made.model.modules() if isinstance(part, SparseRegion)]
+    assert len(regions) == {"resnet20_a": 3, "transformer_encoder": 4}.get(name, 1)
+    x = draw(17, 1, 20, 20, seed=1)
+    assert distance(made.model(x), model(x).detach()) <= 1e-5
+    dense = {choice.name for choice in made.choices if choice.kind == "dense"}
+    assert dense == ({"layers.0.attention.out_proj", "layers.1.attention.out_proj"} if name == "transformer_encoder" else set())
+
+
+def test_dense_is_kept_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, "dense")
+    model = sparse(fc())
+    made = nettrim.accelerate(model, draw(2, 1, 12, 12), budget=BUDGET)
+    assert made.kept == "dense" and made.ratio == 1.0 and {choice.kind for choice in made.choices} == {"dense"}
+    assert type(made.model) is type(model) and made.model is not model
+    assert list(made.model.state_dict()) == list(model.state_dict())
+    assert made.difference == 0.0
+
+
+class Branching(nn.Module):
+    """torch.fx cannot follow it: what it does depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 16, 5)
+        self.odd = nn.Conv1d(4, 4, 3)
+        self.fc = nn.Linear(16 * 64, 64)
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv(images).relu()
+        if float(x.sum()) < 0:
+            x = -x
+        return self.fc(x.flatten(1))
+
+
+@native
+def test_without_a_graph_layers_are_replaced_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sparse(Branching())
+    x = draw(8, 1, 12, 12)
+    monkeypatch.setattr(sparse_candidates, "typical", lambda seconds: 1.0)  # min() then takes the first: dense
+    made = nettrim.accelerate(model, x, budget=BUDGET)
+    assert made.kept == "dense" and set(made.seconds) == {"dense"}
+
+    order = iter([2.0, 1.0, 3.0, 1.0, 2.0])  # conv: dense, direct; fc: dense, csr, direct
+    monkeypatch.setattr(sparse_candidates, "typical", lambda seconds: next(order))
+    force(monkeypatch, "sparse where faster alone")
+    made = nettrim.accelerate(model, x, budget=BUDGET)
+    assert any("one at a time" in note for note in made.notes)
+    kinds = {choice.name: (choice.kind, choice.why) for choice in made.choices}
+    assert kinds["conv"][0] == "direct" and kinds["fc"][0] == "csr"
+    assert "no sparse kernel" in kinds["odd"][1] and "did not call" in kinds["unused"][1]
+    assert isinstance(made.model.conv, SparseRegion) and isinstance(made.model.fc, SparseChain)
+    assert distance(made.model(x), model(x).detach()) <= 1e-5
+
+
+def test_without_numba_convolutions_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sparse_candidates._Regions, "_wins", lambda self, name, kind: True)
+    force(monkeypatch, "CSR where faster alone")
+    model = sparse(zoo.lenet5(width=4, image_size=16))
+    made = nettrim.accelerate(model, draw(4, 1, 16, 16), budget=BUDGET)
+    assert any("numba" in note for note in made.notes)
+    assert {choice.name: choice.kind for choice in made.choices} == {"conv1": "dense", "conv2": "dense", "fc1": "csr", "fc2": "csr"}
+    chains = [part for part in made.model.modules() if isinstance(part, SparseChain)]
+    assert len(chains) == 1 and len(chains[0].steps) == 2  # the ReLU between them is a bound of the first
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(20, 30), nn.Linear(20, 30)
+
+    def forward(self, first: Tensor, second: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        return {"sum": torch.relu(self.a(first) + self.b(second)) * scale}
+
+
+@native
+def test_keyword_inputs_and_named_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, "every layer sparse")
+    model = sparse(Keywords(), 0.5)
+    example = {"second": draw(4, 20, seed=1), "first": draw(4, 20)}
+    made = nettrim.accelerate(model, example, budget=BUDGET)
+    found: Mapping[str, Tensor] = made.model(**example)
+    assert distance(found["sum"], model(**example)["sum"].detach()) <= 1e-5
+    with pytest.raises(InvalidInput, match="leading sizes"):
+        made.model(first=example["first"], second=example["second"][:2])
+
+
+@native
+def test_hooks_and_shared_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, "every layer sparse")
+    shared = nn.Linear(12, 12)
+    model = sparse(nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(12, 3)), 0.5)
+    model[3].register_forward_hook(lambda module, inputs, output: output + 1)
+    x = draw(5, 12)
+    made = nettrim.accelerate(model, x, budget=BUDGET)
+    assert distance(made.model(x), model(x).detach()) <= 1e-5
+    assert [(choice.name, choice.kind) for choice in made.choices] == [("0", "direct"), ("3", "dense")]
+    assert "hooks" in made.choices[1].why
+
+
+def _bad() -> list[tuple[Callable[[], Any], str]]:
+    model, x = fc().eval(), draw(2, 1, 12, 12)
+    with torch.no_grad():
+        broken = fc()
+        broken[1].weight[0, 0] = float("nan")
+    return [
+        (lambda: nettrim.accelerate("model", x), "nn.Module"),  # type: ignore[arg-type]
+        (lambda: nettrim.accelerate(model, x, budget=0), "budget"),
+        (lambda: nettrim.accelerate(model, "x"), "example"),
+        (lambda: nettrim.accelerate(model, draw(2, 7)), "cannot run"),
+        (lambda: nettrim.accelerate(broken, x), "NaN"),
+        (lambda: nettrim.accelerate(model, x, device="nowhere"), "device"),
+    ]
+
+
+@pytest.mark.parametrize(("call", "words"), _bad())
+def test_bad_input_is_refused(call: Callable[[], Any], words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        call()
+
+
+@native
+def test_a_wrong_result_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, "every layer sparse")
+    real = SparseRegion.forward
+    monkeypatch.setattr(SparseRegion, "forward", lambda self, *tensors: real(self, *tensors) * 1.001)  # type: ignore[operator]
+    with pytest.raises(NetTrimError, match="nothing is returned"):
+        nettrim.accelerate(sparse(fc()), draw(2, 1, 12, 12), budget=BUDGET)
+
+
+def test_the_semi_structured_kernel_says_what_it_needs() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    half = nn.Linear(8, 8).half()
+    assert "device without the kernel" in semi_structured.unable(half, cpu)
+    assert "float16" in semi_structured.unable(nn.Linear(8, 8), cuda)
+    assert "not 2:4" in semi_structured.unable(half, cuda)
+    with torch.no_grad():
+        half.weight[:, ::2] = 0
+    assert semi_structured.unable(half, cuda) == ""
+    assert "no semi-structured" in semi_structured.unable(nn.Conv2d(1, 1, 1), cuda)
+
+
+def test_timing_is_interleaved_and_bounded() -> None:
+    calls: list[str] = []
+    taken = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, budget=1e-9, fewest=4, most=10)
+    assert calls == ["a", "a", "b", "b"] + ["a", "b"] * 4 and all(len(seconds) == 4 for seconds in taken.values())
+    assert typical([5.0, 1.0, 2.0, 3.0]) == 2.0 and typical([4.0]) == 4.0
