@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from residual_network import FULL, IMAGES, RESULTS, Judge, Run, in_child, reestimated, row
+from residual_network import FULL, RESULTS, Judge, Run, in_child, reestimated, row
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +25,7 @@ from nettrim.experiments import datasets, zoo_training
 
 NETWORKS = ("vgg_like", "resnet20_b")
 PATTERNS = ("2:4", "4:8")
-PATCHES = 5_000
+IMAGES, PATCHES = 1_000, 10_000
 FREE = f"{FULL}, no pattern"
 OTHERS = (nettrim.Magnitude, nettrim.Wanda, nettrim.OBS, nettrim.SparseGPT, nettrim.LinearADMM)
 
@@ -33,8 +33,9 @@ OTHERS = (nettrim.Magnitude, nettrim.Wanda, nettrim.OBS, nettrim.SparseGPT, nett
 def runs(pattern: str) -> list[Run]:
     """The runs with one pattern."""
     ours = nettrim.NetTrim(pattern=pattern)
-    found = [Run(FULL, ours, patches=PATCHES), Run(FREE, nettrim.NetTrim(sparsity=ours.targets), patches=PATCHES)]
-    return [*found, *(Run(method.__name__, method(pattern=pattern), patches=PATCHES) for method in OTHERS)]
+    free = nettrim.NetTrim(sparsity=ours.targets)
+    found = [Run(label, method, images=IMAGES, patches=PATCHES) for label, method in ((FULL, ours), (FREE, free))]
+    return [*found, *(Run(method.__name__, method(pattern=pattern), images=IMAGES, patches=PATCHES) for method in OTHERS)]
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ IMAGES, BATCH, ROWS = 500, 100, 5_000  # rows that solves see; as many are held 
 NEURONS = 40  # of the first layer of the MNIST network: its 784 inputs are what is slow
 MOST_STEPS = 500
 
-BETWEEN = Schedule(0.025, ((0.1, 1.11), (0.005, 1.07), (0.0, 1.04)))
+SLOW = Schedule(0.02, ((0.1, 1.08), (0.005, 1.05), (0.0, 1.03)))
 QUICKER = Schedule(0.05, ((0.1, 1.2), (0.005, 1.15), (0.0, 1.08)))
 ALPS = Schedule(0.1, ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1)))
 STILL = l0.NEARLY_STILL
@@ -66,6 +66,7 @@ class Loop:
     most_parts: int = l0.MOST_PARTS
     rows_per_input: int = l0.ROWS_PER_INPUT
     curvature: float = l0.MOST_CURVATURE  # of a part, at most
+    relaxation: float = l0.RELAXATION
     every: int = 1
     still: float = STILL
     weight_ridge: float = 0.01
@@ -97,25 +98,20 @@ DEFAULT = Variant("base", "")
 def variants() -> list[Variant]:
     """The base, then every other value of each choice by itself."""
     found = [DEFAULT]
-    schedules = {"between": BETWEEN, "brisk": BRISK, "quicker": QUICKER, "ALPS's": ALPS}
+    schedules = {"slow": SLOW, "brisk": BRISK, "quicker": QUICKER, "ALPS's": ALPS}
     schedules["careful from 0.1"] = replace(CAREFUL, start=0.1)
     found += [Variant("schedule", name, Loop(schedule=one)) for name, one in schedules.items()]
+    found += [Variant("relaxation", f"{a:g}", Loop(relaxation=a)) for a in (1.0, 1.25, 1.8)]
+    found += [Variant("slow without relaxation", "", Loop(schedule=SLOW, relaxation=1.0, rows_per_input=3), Polish(gain=1e-3))]
     found += [Variant("parts of the rows, at most", str(n), Loop(most_parts=n)) for n in (1, 2, 4, 16)]
-    found += [Variant("rows of a part, for each input", str(n), Loop(rows_per_input=n)) for n in (2, 5)]
+    found += [Variant("rows of a part, for each input", str(n), Loop(rows_per_input=n)) for n in (1, 3, 5)]
     found += [Variant("all rows in every r-th step", f"r = {n}", Loop(most_parts=1, every=n)) for n in (2, 4, 8)]
     found += [Variant("support nearly still below", f"{share:g}", Loop(still=share)) for share in (0.1, 0.02)]
     shapes = [(0, 6), (1, 6), (2, 6), (12, 6), (6, 3), (6, 15), (12, 30)]
     found += [Variant("polish, rounds x steps", f"{a} x {b}", polish=Polish(rounds=a, steps=b)) for a, b in shapes]
-    found += [Variant("polish, least gain", f"{gain:g}", polish=Polish(gain=gain)) for gain in (1e-2, 1e-4)]
+    found += [Variant("polish, least gain", f"{gain:g}", polish=Polish(gain=gain)) for gain in (1e-2, 1e-3, 1e-4)]
     found += [Variant("ridge in the weight step", f"{size:g}", Loop(weight_ridge=size)) for size in (0.0, 0.001, 0.1)]
     found += [Variant("ridge to the original weights", f"{size:g}", Loop(own_ridge=size)) for size in (0.0, 1e-4, 1e-2)]
-    free = [("careful", CAREFUL), ("between", BETWEEN)]
-    found += [
-        Variant(
-            "together: no step ridge, 2 rows, polish 2 x 6", name, Loop(schedule=one, weight_ridge=0.0, rows_per_input=2), Polish(rounds=2)
-        )
-        for name, one in free
-    ]
     return found
 
 
@@ -193,7 +189,7 @@ def iterate(p: StandardProgram, k: int, settings: Loop) -> Found:
     parts = max(1, min(settings.most_parts, P // max(l0.LEAST_ROWS, settings.rows_per_input * N)))
     while parts > 1 and settings.curvature < math.inf and l0.curvature(p, parts) > settings.curvature:
         parts //= 2
-    loop = GramADMM(p, p.U0)
+    loop = GramADMM(p, p.U0, relaxation=settings.relaxation)
     mask = UNSTRUCTURED.mask(p.U0, k, p.live)
     loop.D = p.U0 * mask
     beta, iteration, settled = settings.schedule.start, 0, False

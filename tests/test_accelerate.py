@@ -89,6 +89,7 @@ def test_the_function_stays_at_any_batch_size(forced: str, rows: int) -> None:
         assert distance(made.model(x), model(x).detach()) <= 1e-5
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
+    assert next(made.model.parameters()).device.type == "cpu" and not any(parameter.requires_grad for parameter in made.model.parameters())
     kind = "csr" if forced.startswith("CSR") else "direct"
     assert [choice.kind for choice in made.choices] == [kind] * 3
     assert all({"dense", "csr"} <= set(choice.seconds) and choice.density < 0.1 for choice in made.choices)
@@ -111,13 +112,13 @@ def test_copies_compute_the_same(forced: str, how: str) -> None:
     else:
         twin = copy.deepcopy(made)
         twin(x)
-        for buffer in twin.buffers():
-            buffer.zero_()
+        for tensor in (*twin.parameters(), *twin.buffers()):
+            tensor.zero_()
         twin.load_state_dict(made.state_dict())
     assert torch.equal(twin(x), before) and torch.equal(made(x), before)
-    for name, buffer in twin.named_buffers():
+    for name, parameter in twin.named_parameters():
         if name.endswith("values"):
-            buffer.zero_()
+            parameter.zero_()
     assert not torch.equal(twin(x), before) and torch.equal(made(x), before)  # no memory is shared
     loaded = copy.deepcopy(made)
     loaded(x)
@@ -200,7 +201,7 @@ class Branching(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv(images).relu()
-        if float(x.sum()) < 0:
+        if float(x.detach().sum()) < 0:
             x = -x
         return self.fc(x.flatten(1))
 
@@ -283,6 +284,7 @@ def _bad() -> list[tuple[Callable[[], Any], str]]:
         (lambda: nettrim.accelerate(model, draw(2, 7)), "cannot run"),
         (lambda: nettrim.accelerate(broken, x), "NaN"),
         (lambda: nettrim.accelerate(model, x, device="nowhere"), "device"),
+        (lambda: nettrim.accelerate(SparseChain([], {}, []), x), "accelerated already"),
     ]
 
 

@@ -5,7 +5,7 @@ from .bound_network import GapBound, NetworkBounds, network_bounds
 from .certificate import Certificate
 from .checkpoint import load, save_weights
 from .compare import ComparedRun, Comparison, compare
-from .deploy import Accelerated, Compacted, Exported, accelerate, compact, export
+from .deploy import Accelerated, Bench, Compacted, Exported, accelerate, bench, compact, export
 from .distill import Distilled, distill
 from .finetune import keep_zeros
 from .methods import LOBS, OBS, LinearADMM, Magnitude, NetTrim, Random, SparseGPT, Wanda
@@ -19,6 +19,7 @@ from .verify import verify
 __all__ = [  # noqa: RUF022 (plain order)
     "Accelerated",
     "Alternated",
+    "Bench",
     "Certificate",
     "CertificateError",
     "Compacted",
@@ -48,6 +49,7 @@ __all__ = [  # noqa: RUF022 (plain order)
     "Wanda",
     "accelerate",
     "alternate",
+    "bench",
     "compact",
     "compare",
     "distill",

@@ -1,21 +1,24 @@
-"""Commands that bring a pruned model to where it runs: export."""
+"""Commands that bring a pruned model to where it runs: export, bench."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from .. import checkpoint
 from ..calibration import Calibration
-from ..deploy import compact, export
+from ..capture import hashes
+from ..deploy import bench, compact, export
+from ..deploy.bench import SECONDS, SIZES, check_settings
 from ..deploy.export import check_target
+from ..render import bench_files, bench_table
 from ..sources import batches_from, model_from
-from .options import BatchSize, Data, Json, Model
-from .output import print_json
+from .options import BatchSize, Data, Device, Json, ManyValues, Model
+from .output import print_json, show_wide
 
 
 class FormatName(StrEnum):
@@ -57,3 +60,70 @@ def export_command(
     for text in (small, made):
         if text is not None:
             console.print(str(text), highlight=False, markup=False, soft_wrap=True)
+
+
+class ManySizes(ManyValues):
+    """Takes several numbers behind one ``--batch-sizes``: ``--batch-sizes 1 32`` is ``--batch-sizes 1 --batch-sizes 32``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Spreads the numbers before they are parsed."""
+        spread: list[str] = []
+        within = False
+        for text in args:
+            within = text == "--batch-sizes" or (within and text.isdecimal())
+            if text != "--batch-sizes":
+                spread += ["--batch-sizes", text] if within else [text]
+        return super().parse_args(ctx, spread)
+
+
+def bench_command(
+    model: Model,
+    data: Data,
+    weights: SavedWeights = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="The trained network's weights, in the same forms; ratios then compare with it.")
+    ] = None,
+    batch_sizes: Annotated[list[int] | None, typer.Option(help="Samples in a batch. Default: 1 32 256.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch; by default as many as it takes by itself.")] = None,
+    seconds: Annotated[float, typer.Option(help="Measured at least, for each form and batch size.")] = SECONDS,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for bench.json; in that of a saved result, its report.html gets a section too.")
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure size and speed of a pruned model here: as it is, compacted and accelerated, beside the trained network."""
+    sizes = check_settings(batch_sizes or SIZES, threads, seconds)
+    network, dense = model_from(model, None), None
+    if reference is not None:
+        dense = checkpoint.load(reference, model_from(model, None))
+    if weights is not None:
+        network = checkpoint.load(weights, network)
+    if output is not None:
+        bench_files.check_folder(output, hashes(network))
+    example = next(iter(Calibration(batches_from(data, network, max(sizes)), "data")))
+    said = Console(stderr=True, quiet=as_json)
+
+    def announce(done: int, total: int, what: str) -> None:
+        """Plain lines: a live display would run beside what is timed."""
+        said.print(f"{done} of {total}: {what}", highlight=False, markup=False)
+
+    made = bench(
+        network,
+        example,
+        reference=dense,
+        batch_sizes=sizes,
+        threads=threads,
+        seconds=seconds,
+        device=device,
+        progress=announce,
+    )
+    files = [] if output is None else bench_files.write(made, output)
+    if as_json:
+        print_json(made.to_dict() | {"files": [str(file) for file in files]})
+        return
+    for table in bench_table.bench_tables(made):
+        show_wide(table)
+    console = Console()
+    for line in (*bench_table.bench_lines(made), *(f"written: {file}" for file in files)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -44,7 +44,7 @@ cfunc: Any = numba.cfunc
 
 TILE = 8 * LANES
 """Floats that one item of RUNS puts out for each of its channels."""
-AHEAD = int(__import__("os").environ.get("AH","512"))
+AHEAD = 256
 """So many nonzeros ahead the next ones are asked for: they come from far, are used once, and the order of x is not foreseen."""
 WIDTH = 32
 """Numbers of one operation."""
@@ -58,6 +58,7 @@ KIND, NEXT, DONE, ITEMS, OUT, X, OUT_STRIDE, X_STRIDE, CHANNELS, LENGTH = range(
 VALUES, OFFSETS, ROWS, BIAS, CLAMP, MASK, ADDED, GROUP, TILES = range(10, 19)
 # POOL, PHASES, IMPORT
 IMAGES, HEIGHT, WIDE, X_PITCH, OUT_PITCH, KERNEL_H, KERNEL_W, STEP_H, STEP_W, MEAN, X_HEIGHT, X_WIDE = range(10, 22)
+GROUP_ROWS, ALL_ROWS = range(22, 24)
 
 if sys.platform == "win32":
 
@@ -221,10 +222,17 @@ def _phases(op: int, channel: int) -> None:
 
 @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _import(op: int, item: int) -> None:
-    """IMPORT: one row of one channel from images that lie one after the other, STEP_H floats apart, to places STEP_W floats apart."""
+    """IMPORT: GROUP_ROWS rows of channels from images that lie one after the other, STEP_H floats apart, to places STEP_W floats apart."""
+    group = get(op, GROUP_ROWS)
+    for row in range(item * group, min((item + 1) * group, get(op, ALL_ROWS))):
+        _import_row(op, row)
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _import_row(op: int, row: int) -> None:
     images, wide, height = get(op, IMAGES), get(op, WIDE), get(op, HEIGHT)
-    x = get(op, X) + 4 * item * get(op, X_PITCH)
-    out = get(op, OUT) + 4 * (item // height * get(op, OUT_STRIDE) + item % height * get(op, OUT_PITCH))
+    x = get(op, X) + 4 * row * get(op, X_PITCH)
+    out = get(op, OUT) + 4 * (row // height * get(op, OUT_STRIDE) + row % height * get(op, OUT_PITCH))
     x_step, out_step = get(op, STEP_H), get(op, STEP_W)
     if images >= 8 and wide >= 8:
         n = w = 0
@@ -236,6 +244,17 @@ def _import(op: int, item: int) -> None:
                 transpose8(out + 4 * (w * out_step + n), x + 4 * (n * x_step + w), 4 * out_step, 4 * x_step)
                 w += 8
             n += 8
+    elif images == 1 and out_step == 1 and wide >= 4:
+        low, high = types.float32(-float("inf")), types.float32(float("inf"))
+        w = 0
+        while w < wide:
+            if w + LANES <= wide:
+                move(out + 4 * w, x + 4 * w, low, high, 0, 0)
+                w += LANES
+            else:
+                w = min(w, wide - 4)  # the last ones overlap
+                move4(out + 4 * w, x + 4 * w, low, high, 0, 0)
+                w += 4
     else:
         for w in range(wide):
             for n in range(images):

@@ -16,8 +16,16 @@ from numba import types
 intrinsic: Any = numba.extending.intrinsic
 """numba's own annotation is of what it compiles from; what it makes is called with other arguments."""
 
-LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
-"""Floats in one register."""
+
+def _lanes() -> int:
+    try:
+        return 16 if binding.get_host_cpu_features().get("avx512f") else 8
+    except RuntimeError:  # a processor whose features LLVM does not know
+        return 8
+
+
+LANES = _lanes()
+"""Floats in one register, or in a pair of smaller ones."""
 
 _FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _FAST = ("contract",)  # multiply and add may become one instruction

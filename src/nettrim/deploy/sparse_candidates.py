@@ -98,13 +98,14 @@ class _Regions:
             self._chunk(everything, placed)
             self._time_layers(placed, "direct")
             inside = _layers_in(placed)
-            self.found.candidates["every layer sparse"] = Candidate(everything, dict.fromkeys(inside, "direct"))
+            if inside:
+                self.found.candidates["every layer sparse"] = Candidate(everything, dict.fromkeys(inside, "direct"))
             wins = [name for name in inside if self._wins(name, "direct")]
             if wins and len(wins) < len(inside):
                 some, placed = self._made(wins, SparseRegion)
                 self._chunk(some, placed)
                 self.found.candidates["sparse where faster alone"] = Candidate(some, dict.fromkeys(_layers_in(placed), "direct"))
-            if not any(self.found.seconds[name]["csr"] < self.found.seconds[name].get("direct", 0.0) for name in faster):
+            if not any(self.found.seconds[name]["csr"] < self.found.seconds[name].get("direct", math.inf) for name in faster):
                 return
         if faster:
             if len(faster) < len(linear):
@@ -126,24 +127,33 @@ class _Regions:
     def _chunk(self, module: nn.Module, placed: Sequence[Placed]) -> None:
         """Sets the chunk of the regions to the fastest, for the module as a whole."""
         regions = [place.module for place in placed if isinstance(place.module, SparseRegion)]
+        if not regions:
+            return
         rows = max(_rows(self.shapes[node]) for place in placed for node in place.inputs)
         sizes = [size for size in CHUNKS if size < rows] + ([rows] if rows <= 4 * CHUNKS[-1] else [])
 
-        def with_chunk(size: int) -> Callable[[], Any]:
+        def under(size: int, alone: float | None) -> Callable[[], Any]:
             def run() -> None:
-                for region in regions:
-                    region.chunk = size
+                for region, own in zip(regions, standard, strict=True):
+                    region.chunk, region.alone = size, own if alone is None else alone
                 module(*self.arguments)
 
             return run
 
+        standard = [region.alone for region in regions]
+        best = sizes[0] if sizes else 16
         if len(sizes) > 1:
-            taken = interleaved({size: with_chunk(size) for size in sizes}, self.budget / 3, fewest=3)
+            taken = interleaved({size: under(size, None) for size in sizes}, self.budget / 3, fewest=3)
             best = min(sizes, key=lambda size: typical(taken[size]))
-        else:
-            best = sizes[0] if sizes else 16
-        for region in regions:
-            region.chunk = best
+        under(best, None)()
+        if torch.get_num_threads() > 1:
+            both = interleaved({alone: under(best, alone) for alone in (0.0, math.inf)}, self.budget / 3)
+            single = typical(both[math.inf]) < typical(both[0.0])
+            under(best, None)()
+            for place, region in zip(placed, regions, strict=True):
+                work = region.workspace([self.values[node] for node in place.inputs]).plan.work
+                # what was measured holds for about as much work, at other batch sizes too
+                region.alone = max(region.alone, 1.5 * work) if single else min(region.alone, 0.5 * work)
 
     def _time_layers(self, placed: Sequence[Placed], kind: str) -> None:
         """Every layer with what it is merged with: dense as it is, and sparse without the change of layout around its region."""
@@ -154,7 +164,9 @@ class _Regions:
             if isinstance(place.module, SparseRegion):
                 tensors = [self.values[node] for node in place.inputs]
                 rows = _rows(self.shapes[place.inputs[0]])
-                native = place.module.workspace(tensors).seconds(max(5, min(50, int(self.budget * 100))))
+                workspace = place.module.workspace(tensors)
+                threads = place.module.threads(workspace.plan.work)
+                native = workspace.seconds(max(5, min(50, int(self.budget * 100))), threads)
                 factor = rows / min(rows, place.module.chunk)
             for number, (step, nodes) in enumerate(_steps(place)):
                 if not step.layer:

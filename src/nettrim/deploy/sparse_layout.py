@@ -150,8 +150,12 @@ class _Planner:
         channels, height, width = shape if len(shape) == 3 else (1, 1, shape[0])  # features are like the columns of one row
         out = self._image(*shape) if len(shape) == 3 else self._flat(width)
         target = self._place(tensor, out)
+        rows = channels * height
+        group = -(-rows // _ITEMS)
         places = {
-            kernels.ITEMS: channels * height,
+            kernels.ITEMS: -(-rows // group),
+            kernels.GROUP_ROWS: group,
+            kernels.ALL_ROWS: rows,
             kernels.IMAGES: self.images,
             kernels.HEIGHT: height,
             kernels.WIDE: width,

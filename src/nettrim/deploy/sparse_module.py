@@ -1,4 +1,4 @@
-"""What modules on sparse weights have in common: their buffers, and what they refuse."""
+"""What modules on sparse weights have in common: where the weights lie, and what they refuse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from .sparse_steps import SparseWeights, Step
 
 
 class SparseModule(nn.Module):
-    """Runs ``steps`` on sparse weights that lie in buffers; tensors 0, 1, ... are its inputs, ``outputs`` those that it returns."""
+    """Runs ``steps`` on sparse weights; tensors 0, 1, ... are its inputs, ``outputs`` those that it returns.
+
+    Values and biases are frozen parameters, where the values stand are buffers.
+    """
 
     def __init__(self, steps: Sequence[Step], weights: Mapping[str, SparseWeights], outputs: Sequence[int]) -> None:
         super().__init__()
@@ -21,7 +24,9 @@ class SparseModule(nn.Module):
         self.shapes: dict[str, tuple[tuple[int, ...], int]] = {}
         for number, (name, found) in enumerate(weights.items()):
             self.shapes[name] = (found.shape, found.groups)
-            for part in ("values", "columns", "rows", "bias"):
+            for part in ("values", "bias"):
+                self.register_parameter(f"layer{number}_{part}", nn.Parameter(getattr(found, part).clone(), requires_grad=False))
+            for part in ("columns", "rows"):
                 self.register_buffer(f"layer{number}_{part}", getattr(found, part).clone())
         self.eval()
         self._forget()
@@ -31,7 +36,9 @@ class SparseModule(nn.Module):
         """The layers' sparse weights, by name."""
         found = {}
         for number, (name, (shape, groups)) in enumerate(self.shapes.items()):
-            values, columns, rows, bias = (getattr(self, f"layer{number}_{part}") for part in ("values", "columns", "rows", "bias"))
+            values, columns, rows, bias = (
+                getattr(self, f"layer{number}_{part}").detach() for part in ("values", "columns", "rows", "bias")
+            )
             found[name] = SparseWeights(values, columns, rows, bias, shape, groups)
         return found
 
@@ -57,7 +64,7 @@ class SparseModule(nn.Module):
 
     def refuse_moved(self) -> None:
         """Refuses weights that were moved or converted. Raises InvalidInput."""
-        for tensor in self.buffers():
+        for tensor in (*self.parameters(), *self.buffers()):
             if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.int32):
                 raise InvalidInput(
                     f"an accelerated model stays float32 on the CPU, found weights of {tensor.dtype} on {tensor.device}; convert or move "

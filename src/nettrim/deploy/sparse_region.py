@@ -22,12 +22,12 @@ from .sparse_steps import FUNCTIONS, SparseWeights, Step
 if TYPE_CHECKING:
     from .sparse_layout import Field, Operation, Plan
 
-_PLANS = 8
+_PLANS = 16
 """Input sizes whose plans are kept."""
 _WORKSPACES = 4
 """Idle workspaces kept for an input size; as many calls at once share no memory."""
 _ALONE = 200_000
-"""Multiply-adds below which one thread is faster than waking others."""
+"""Multiply-adds up to which one thread is taken to be faster than waking others, where it was not measured."""
 
 
 _Program = tuple[NDArray[np.int64], NDArray[np.int64], int, NDArray[np.int64]]
@@ -38,7 +38,7 @@ class SparseRegion(SparseModule):
     """Runs its layers as direct sparse products (numba); returns one tensor, or a tuple of several.
 
     Inputs are images (B, C, H, W) where ``images`` says so, else (..., features). ``chunk`` rows of the batch are computed at a time, so
-    that activations stay in the cache.
+    that activations stay in the cache; one thread does it where that is no more than ``alone`` multiply-adds.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class SparseRegion(SparseModule):
     ) -> None:
         super().__init__(steps, weights, outputs)
         self.images, self.chunk = tuple(images), chunk
+        self.alone: float = _ALONE
 
     def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The region's outputs."""
@@ -84,7 +85,7 @@ class SparseRegion(SparseModule):
         plans = self._plan(number, sizes)
         workspace = plans.take()
         try:
-            workspace.run(tensors)
+            workspace.run(tensors, self.threads(plans.work))
             if not total:
                 return [workspace.views[key].clone(memory_format=torch.contiguous_format) for key in self.outputs]
             if made is None:
@@ -111,12 +112,17 @@ class SparseRegion(SparseModule):
                     self._plans.popitem(last=False)
         return found
 
+    def threads(self, work: int) -> int:
+        """How many threads share so many multiply-adds."""
+        return torch.get_num_threads() if work > self.alone else 1
+
     def workspace(self, tensors: Sequence[Tensor]) -> Workspace:
         """A workspace of its own that holds these inputs (as many rows as fit into a chunk), run once: to time operations in."""
         flat = [tensor if image else tensor.reshape(-1, tensor.shape[-1]) for tensor, image in zip(tensors, self.images, strict=True)]
         number = min(self.chunk, flat[0].shape[0])
-        found = self._plan(number, tuple(tuple(tensor.shape[1:]) for tensor in flat)).new()
-        found.run([x[:number] for x in flat])
+        plans = self._plan(number, tuple(tuple(tensor.shape[1:]) for tensor in flat))
+        found = plans.new()
+        found.run([x[:number] for x in flat], self.threads(plans.work))
         return found
 
     def _forget(self) -> None:
@@ -131,7 +137,7 @@ class _Plans:
     """A plan and its idle workspaces."""
 
     def __init__(self, region: SparseRegion, plan: Plan) -> None:
-        self.steps, self.plan = region.steps, plan
+        self.steps, self.plan, self.work = region.steps, plan, plan.work
         self.weights = {name: (found.values, found.rows, found.bias) for name, found in region.weights.items()}
         self.idle: list[Workspace] = []
 
@@ -161,7 +167,6 @@ class Workspace:
             self.arena = memory[(-memory.data_ptr() // 4) % 16 :]  # channels then begin at cache lines
             self.views = {tensor: self._view(field, plan.offsets[tensor]) for tensor, field in plan.fields.items()}
         self.function = int(kernels.work.address)
-        self.many = plan.work >= _ALONE
         self.weights = weights  # kept alive with the addresses
         self.stages: list[_Program | int] = []
         for stage in plan.stages:
@@ -196,12 +201,11 @@ class Workspace:
                     row[place] = tensor.data_ptr()
         return program, rows[:, kernels.NEXT : kernels.DONE + 1], program.ctypes.data, rows
 
-    def run(self, tensors: Sequence[Tensor]) -> None:
+    def run(self, tensors: Sequence[Tensor], threads: int) -> None:
         """Imports the inputs and runs all steps; the outputs then lie in ``views``."""
         kept = [tensor.contiguous() for tensor in tensors]  # alive while their addresses are in use
         self.inputs[:] = [tensor.data_ptr() for tensor in kept]
         run = kernels_team.run
-        threads = torch.get_num_threads() if self.many else 1
         for stage in self.stages:
             if isinstance(stage, int):
                 step = self.steps[stage]
@@ -210,10 +214,9 @@ class Workspace:
                 stage[1][:] = 0
                 run(self.function, stage[2], threads)
 
-    def seconds(self, repeats: int) -> dict[int, list[float]]:
+    def seconds(self, repeats: int, threads: int) -> dict[int, list[float]]:
         """Of each native step, in the order of steps and interleaved: the seconds of ``repeats`` runs."""
         run = kernels_team.run
-        threads = torch.get_num_threads() if self.many else 1
         single = [
             (op.step, self._program([op])) for stage in self.plan.stages if not isinstance(stage, int) for op in stage if op.step >= 0
         ]

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..certificate import Certificate
+from ..deploy.bench_result import Bench
 from ..report import LayerReport, PruneReport
 from ..status import InvalidInput
+from .bench_page import bench_section
 from .numbers import NONE, duration, number, percent, plural, seconds_text, share_of, share_over_all_rows
 from .pictures import NEVER, RAMP, Mask, Picture, Profile, image_shape, input_profile, mask_picture, pixel_picture
 from .tables import ComparisonRow
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _OPEN_CARDS = 12  # pictures of the layers after these are folded away
 _LISTED = 24  # indices named one by one before "and ... more"
+_BENCH = ("<!-- size and speed -->", "<!-- end of size and speed -->")  # the place of that section, in report.html.j2
 
 
 def report_html(
@@ -33,11 +36,12 @@ def report_html(
     masks: Mapping[str, Mask],
     title: str = "Pruning report",
     comparison: Sequence[ComparisonRow] = (),
+    bench: Bench | None = None,
 ) -> str:
     """The report as one self-contained HTML page: no scripts, no requests, the same text for the same input.
 
     ``masks`` maps layer names to boolean matrices of shape (outputs, inputs), True where a weight is not zero. Layers without a
-    mask are shown without pictures.
+    mask are shown without pictures. ``bench`` adds the section on size and speed.
 
     Raises:
         InvalidInput: a mask is not a matrix.
@@ -58,6 +62,7 @@ def report_html(
             charts=[_density_chart(report), _distance_chart(report)],
             comparison=[row.cells() for row in comparison],
             comparison_charts=_comparison_charts(comparison),
+            bench=None if bench is None else bench_section(bench),
             cards=cards[:_OPEN_CARDS],
             folded_cards=cards[_OPEN_CARDS:],
             layers=[_layer_row(layer) for layer in report.layers],
@@ -79,6 +84,16 @@ def report_html(
             never_colour=f"rgb{NEVER}",
         )
     )
+
+
+def page_with_bench(html: str, bench: Bench) -> str | None:
+    """A page of :func:`report_html` with this section on size and speed; None where the page has no place for one."""
+    before, start, rest = html.partition(_BENCH[0])
+    _, end, after = rest.partition(_BENCH[1])
+    if not (start and end):
+        return None
+    section = _environment().get_template("_bench.html.j2").render(bench=bench_section(bench))
+    return f"{before}{start}\n{section}{end}{after}"
 
 
 @lru_cache(maxsize=1)
