@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import typer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 import nettrim
-from nettrim.cli import deployment
-from nettrim.cli.output import told
+from nettrim.cli import app
 from nettrim.deploy import bench_timing
 from nettrim.deploy.bench_result import Bench, Form, Timing
 from nettrim.deploy.bench_timing import ROUNDS, Passes, side_by_side
@@ -36,9 +34,6 @@ from nettrim.status import InvalidInput
 
 MODEL = f"{__name__}:network"
 QUICK = 0.002
-APP = typer.Typer(pretty_exceptions_enable=False)  # this command alone, registered as the application registers it
-APP.command("bench", cls=deployment.ManySizes)(told(deployment.bench_command))
-APP.callback()(lambda: None)
 
 
 def network() -> nn.Sequential:
@@ -429,7 +424,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(workplace: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, expect: int = 0) -> Result:
     monkeypatch.chdir(workplace)
-    done = CliRunner().invoke(APP, ["bench", *arguments, "--seconds", str(QUICK)])
+    done = CliRunner().invoke(app, ["bench", *arguments, "--seconds", str(QUICK)])
     assert done.exit_code == expect, done.output
     return done
 
@@ -441,6 +436,9 @@ def test_the_command(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert data["batch_sizes"] == [1, 48] and data["baseline"] == "dense" and data["files"] == ["pruned/bench.json", "pruned/report.html"]
     found = Bench.from_dict(data)
     assert found.form("pruned").parameters == 422 and found.form("pruned").nonzero_macs == 19 + 16 + 4 and done.stderr == ""
+    shown = CliRunner().invoke(app, ["report", "pruned"])
+    assert shown.exit_code == 0 and "compacted" in shown.stdout and "times faster" in shown.stdout.lower()
+    assert json.loads(CliRunner().invoke(app, ["report", "pruned", "--json"]).stdout)["bench"]["batch_sizes"] == [1, 48]
     assert bench_files.read_bench(workplace / "pruned") == (found, "")
     assert "Size and speed" in (workplace / "pruned" / "report.html").read_text()
 

@@ -60,10 +60,11 @@ def exit_unless_met(report: PruneReport, certificate: Certificate) -> None:
         fail("guarantee not met: the certificate does not hold", GUARANTEE_NOT_MET)
 
 
-def show(report: PruneReport, certificate: Certificate, folder: Path, as_json: bool) -> None:
-    """A result: tables and the verdict, or one JSON object."""
+def show(report: PruneReport, certificate: Certificate, folder: Path, as_json: bool, *, bench: Mapping[str, Any] | None = None) -> None:
+    """A result: tables and the verdict, or one JSON object, which also holds what was measured of it (``bench``)."""
     if as_json:
-        print_json({"output": str(folder), "report": report.to_dict(), "certificate": certificate.to_dict(), "size": size_of(folder)})
+        data = {"output": str(folder), "report": report.to_dict(), "certificate": certificate.to_dict(), "size": size_of(folder)}
+        print_json(data | ({} if bench is None else {"bench": bench}))
         return
     console = Console()
     console.print(render.report_table(report))

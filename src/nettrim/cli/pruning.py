@@ -16,6 +16,7 @@ from ..distill import Distilled, distill
 from ..progress import CountBar
 from ..pruning import MAX_SAMPLES, PruneResult, prune
 from ..recertify import recertify
+from ..render import bench_files, bench_table
 from ..sources import batches_from, model_from
 from ..status import CertificateError, InvalidInput
 from ..verify import verify
@@ -40,7 +41,7 @@ from .options import (
     readings,
     target,
 )
-from .output import exit_unless_met, print_json, show, size_of
+from .output import exit_unless_met, print_json, show, show_wide, size_of
 
 
 class Norm(StrEnum):
@@ -206,17 +207,26 @@ def report_command(
 ) -> None:
     """Show the report and certificate of a saved result."""
     report, certificate = checkpoint.read_report(folder), checkpoint.read_certificate(folder)
+    bench, stale = bench_files.read_bench(folder)
     if html is not None:
         state = checkpoint.read_weights(folder / checkpoint.MODEL)
         masks = {layer.name: (checkpoint.weight_of(state, layer.name) != 0).numpy() for layer in report.layers}
         try:
-            html.write_text(render.report_html(report, certificate, masks), encoding="utf-8")
+            html.write_text(render.report_html(report, certificate, masks, bench=bench), encoding="utf-8")
         except OSError as error:
             raise InvalidInput(f"page {html}: it cannot be written ({error.strerror})") from error
-    show(report, certificate, folder, as_json)
-    if not as_json:
-        for sentence in render.certificate_words(certificate)[1:]:
-            Console().print(f"- {sentence}", highlight=False, markup=False)
+    show(report, certificate, folder, as_json, bench=None if bench is None else bench.to_dict())
+    if as_json:
+        return
+    for sentence in render.certificate_words(certificate)[1:]:
+        Console().print(f"- {sentence}", highlight=False, markup=False)
+    if bench is not None:
+        for table in bench_table.bench_tables(bench):
+            show_wide(table)
+        for line in bench_table.bench_lines(bench):
+            Console().print(line, highlight=False, markup=False)
+    if stale:
+        Console().print(f"note: {stale}", highlight=False, markup=False)
 
 
 def distill_command(
