@@ -30,7 +30,7 @@ slow: $(DEV_STAMP)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m slow
 
 benchmarks: $(DEV_STAMP)
-	for name in first_layer whole_network residual_network patches patterns_zoo single_layers solver_study solver_curvature compaction file_sizes c_export acceleration tables; do \
+	for name in first_layer whole_network residual_network patches patterns_zoo single_layers solver_study solver_curvature compaction file_sizes c_export acceleration deployment tables; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 
 reproduce: $(DEV_STAMP)
@@ -41,7 +41,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(DATA_STAMP): $(INPUTS) | $(BIN)/python
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[data]"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[data,structured,fast]"
 	touch $@
 
 # What the tests need includes what the demo needs.

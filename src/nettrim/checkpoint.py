@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import packing
 from .certificate import Certificate
-from .layers import add_bias, can_take_bias
+from .layers import add_bias, can_take_bias, without_values
 from .report import PruneReport
 from .status import InvalidInput
 
@@ -48,13 +48,17 @@ def check_writable(folder: str | Path) -> Path:
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, each tensor with storage of its own; refuses state that is not a tensor."""
+    """The state dict, each tensor with storage of its own. Raises InvalidInput for state that is no dense tensor with values."""
     state = {}
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise InvalidInput(
                 f"state_dict entry {key!r} is a {type(value).__name__}; safetensors holds tensors only: use torch.save for this model"
             )
+        if without_values(value):
+            raise InvalidInput(f"state_dict entry {key!r} holds no values yet (a lazy module, or the meta device); run or load the model first")
+        if value.layout is not torch.strided:
+            raise InvalidInput(f"state_dict entry {key!r} is a {value.layout} tensor; safetensors holds dense ones only: use .to_dense()")
         state[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     return state
 
@@ -139,7 +143,11 @@ def _write_weights(state: Mapping[str, Tensor], file: Path, more: Mapping[str, s
     stored = dict(state)
     if compressed:
         stored, metadata[PACKING] = packing.pack(state)
-    save_file(stored, file, metadata=metadata)
+    try:
+        save_file(stored, file, metadata=metadata)
+    except KeyError as error:  # what safetensors says of dtypes that it does not know
+        known = ", ".join(key for key, value in stored.items() if value.dtype in error.args) or error
+        raise InvalidInput(f"weights: safetensors does not hold {error} ({known}); convert it first, or use torch.save") from error
 
 
 def save(result: PruneResult, folder: str | Path, comparison: Any = (), *, compressed: bool = False) -> Path:

@@ -185,7 +185,14 @@ def packed(tensor: Tensor, codings: Sequence[str] = CODINGS) -> tuple[Entry, Ten
     negative = int(minus.sum()) if split and best != "dense" else 0
     count = words.size if best == "dense" else positions.size
     entry = Entry(
-        tuple(tensor.shape), tensor.dtype, best, count, negative, gaps.size if best == "gaps" else 0, sections, zlib.crc32(raw.data)
+        tuple(tensor.shape),
+        tensor.dtype,
+        best,
+        count,
+        negative,
+        gaps.size if best == "gaps" else 0,
+        sections,
+        _checksum(tensor.dtype, tensor.shape, raw),
     )
     payload = bytearray(entry.payload_bytes)
     joined = b"".join(parts[best])
@@ -262,7 +269,7 @@ def restored(name: str, entry: Entry, payload: Tensor) -> Tensor:
             rows[where, column] = plane
         if entry.negative_zeros:
             rows[_negative(name, entry, where, parts[1]), -1] = 0x80
-    if zlib.crc32(rows.data) != entry.crc32:
+    if _checksum(entry.dtype, entry.shape, rows) != entry.crc32:
         raise _damaged(name, "its bytes do not have the stated checksum")
     if entry.dtype is torch.bool and bool((rows > 1).any()):
         raise _damaged(name, "a bool must be 0 or 1")
@@ -331,6 +338,11 @@ def _inflated(name: str, data: memoryview, length: int) -> Bytes:
     if len(raw) != length or not coder.eof or coder.unused_data:
         raise _damaged(name, f"a section does not decode to its stated {length} bytes")
     return np.frombuffer(raw, np.uint8)
+
+
+def _checksum(dtype: torch.dtype, shape: Sequence[int], raw: Bytes) -> int:
+    """CRC-32 of dtype, shape and bytes: damage to the header must not give the same bytes another meaning."""
+    return zlib.crc32(raw.data, zlib.crc32(_json([NAMES[dtype], list(shape)]).encode()))
 
 
 def _json(data: Any) -> str:

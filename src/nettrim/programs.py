@@ -79,7 +79,19 @@ class _Rebuilt:
             owner, _, part = name.rpartition(".")
             if owner in self.layers and part in model.get_submodule(owner)._buffers:
                 model.get_submodule(owner)._buffers[part] = buffer
+        for name in sorted(self.state.keys() - model.state_dict().keys()):  # nothing in the graph reads them
+            self._keep(model, name)
         return model.eval()
+
+    def _keep(self, model: nn.Module, name: str) -> None:
+        """Registers an entry of the state dict under its name, where nothing has that name."""
+        place = _place(model, name.rpartition(".")[0])
+        part, value = name.rpartition(".")[2], self.state[name]
+        if not hasattr(place, part):
+            if isinstance(value, nn.Parameter):
+                place.register_parameter(part, value)
+            else:
+                place.register_buffer(part, value)
 
     def _result(self, node: fx.Node) -> Any:
         """What the model returns: one tensor, or a tuple of them."""
@@ -120,7 +132,7 @@ class _Rebuilt:
         if node not in self.made:
             name = str(node.target)
             owner, _, part = name.rpartition(".")
-            place = self._place(owner)
+            place = _place(self.root, owner)
             if part not in place._parameters and part not in place._buffers:
                 value = self._value(name)
                 if isinstance(value, nn.Parameter):
@@ -146,9 +158,11 @@ class _Rebuilt:
                 module = kind(**given, **_sizes(kind, values, given), **_without(kind, values))
         except (TypeError, ValueError):  # settings that the module does not have
             return ""
+        for part in module._parameters.keys() - values.keys():  # a batch-norm of which one was taken out
+            module._parameters[part] = None
         for part, value in values.items():
             (module._parameters if part in module._parameters else module._buffers)[part] = value
-        place = self._place(owner.rpartition(".")[0])
+        place = _place(self.root, owner.rpartition(".")[0])
         if hasattr(place, owner.rpartition(".")[2]):
             return ""
         if "num_batches_tracked" in module._buffers:
@@ -166,13 +180,14 @@ class _Rebuilt:
             )
         return value
 
-    def _place(self, name: str) -> nn.Module:
-        place = self.root
-        for part in filter(None, name.split(".")):
-            if not hasattr(place, part):
-                place.add_module(part, nn.Module())
-            place = getattr(place, part)
-        return place
+
+def _place(root: nn.Module, name: str) -> nn.Module:
+    """The module of this name, made with those above it where they are missing."""
+    for part in filter(None, name.split(".")):
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    return root
 
 
 def _linear(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -221,11 +236,14 @@ def _check(model: nn.Module, program: ExportedProgram, origin: str) -> None:
     if program.example_inputs is None:
         raise InvalidInput(f"model {origin}: the program holds no example to check its layers with; export it again with torch.export.save")
     args, kwargs = program.example_inputs
+    for given in (*args, *kwargs.values()):
+        if not isinstance(given, Tensor):
+            raise InvalidInput(f"model {origin}: one input is a {type(given).__name__}; export the model with plain tensors as inputs")
     with torch.no_grad():
         wanted = output_tensors(program.module()(*args, **kwargs))
         found = output_tensors(model(*args, **kwargs))
     for key, value in wanted.items():
-        if not float((found[key] - value).abs().max()) <= AGREES * max(float(value.abs().max()), 1e-30):
+        if value.numel() and not float((found[key] - value).abs().max()) <= AGREES * max(float(value.abs().max()), 1e-30):
             raise InvalidInput(
                 f"model {origin}: taken apart into layers, the program computes something else; give the model as package.module:factory"
             )

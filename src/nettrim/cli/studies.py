@@ -12,9 +12,11 @@ from rich.console import Console
 from .. import checkpoint, render
 from ..bound_query import ask
 from ..compare import compare, first_samples
+from ..deploy import bench
 from ..experiments import reproduce
 from ..progress import CountBar
 from ..pruning import MAX_SAMPLES
+from ..render import bench_files, bench_table
 from ..render.bounds import bound_table
 from ..sources import batches_from, model_from
 from ..status import InvalidInput
@@ -99,9 +101,10 @@ def demo_command(
     epsilon: Annotated[float, typer.Option(help="Tolerance of every layer, relative to its output's norm.")] = 0.1,
     samples: Annotated[int, typer.Option(help="Calibration images.")] = 4096,
     seed: Annotated[int, typer.Option(help="Seed of training and pruning.")] = 0,
+    measure: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure size and speed of the result here.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Train a small network on real data, prune it in several ways without retraining, and compare."""
+    """Train a small network on real data, prune it in several ways without retraining, compare, and measure size and speed."""
     from ..experiments import demo  # needs the extra packages for data sets
 
     checkpoint.check_writable(output)
@@ -117,11 +120,22 @@ def demo_command(
         announce=lambda text: console.print(text, style="bold", highlight=False),
     )
     checkpoint.save(done.result, output, comparison=done.rows)
+    made = None
+    if measure:
+        console.print("size and speed", style="bold", highlight=False)
+        made = bench(done.result.model, done.example, reference=done.reference, seconds=0.2)
+        bench_files.write(made, output)
     if as_json:
         rows = [dict(row.__dict__, densities=list(row.densities)) for row in done.rows]
-        print_json({"comparison": rows, "report": done.result.report.to_dict(), "certificate": done.result.certificate.to_dict()})
+        data_of = {"comparison": rows, "report": done.result.report.to_dict(), "certificate": done.result.certificate.to_dict()}
+        print_json(data_of | ({} if made is None else {"bench": made.to_dict()}))
     else:
         console.print(render.comparison_table(done.rows))
+        if made is not None:
+            for table in bench_table.bench_tables(made):
+                show_wide(table)
+            for note in made.notes:
+                console.print(f"note: {note}", highlight=False, markup=False)
         show(done.result.report, done.result.certificate, output, as_json)
     exit_unless_met(done.result.report, done.result.certificate)
 

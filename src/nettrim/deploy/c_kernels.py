@@ -166,8 +166,11 @@ static void max_pool(const float *x, float *y, const window *w)
                     for (kx = 0; kx < w->kernel_x; ++kx) {
                         const int32_t iy = oy * w->stride_y + ky * w->dilation_y - w->pad_y;
                         const int32_t ix = ox * w->stride_x + kx * w->dilation_x - w->pad_x;
-                        if (iy >= 0 && iy < w->height && ix >= 0 && ix < w->width && x[iy * w->width + ix] > best)
-                            best = x[iy * w->width + ix];
+                        if (iy >= 0 && iy < w->height && ix >= 0 && ix < w->width) {
+                            const float value = x[iy * w->width + ix];
+                            if (value > best || value != value) /* NaN goes on */
+                                best = value;
+                        }
                     }
                 *y++ = best;
             }
@@ -231,7 +234,7 @@ static void clip_low(const float *x, float *y, uint32_t count, float low)
 {
     uint32_t i;
     for (i = 0; i < count; ++i)
-        y[i] = x[i] > low ? x[i] : low;
+        y[i] = x[i] < low ? low : x[i];
 }
 """
 
@@ -240,7 +243,7 @@ static void clip_high(const float *x, float *y, uint32_t count, float high)
 {
     uint32_t i;
     for (i = 0; i < count; ++i)
-        y[i] = x[i] < high ? x[i] : high;
+        y[i] = x[i] > high ? high : x[i];
 }
 """
 

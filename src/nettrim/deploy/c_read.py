@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from ..capture import Replica
 from ..graph import read
-from ..nodes import activation_of, adds, has_statistics, hooked, label, norm_scale, passes, reads_shape
+from ..nodes import activation_of, has_statistics, hooked, label, norm_scale, passes, reads_shape
 from ..status import InvalidInput
 from .c_steps import (
     AdaptivePool,
@@ -33,8 +33,7 @@ from .c_steps import (
     Step,
     Window,
 )
-from .compact import outputs
-from .export_common import allowed, difference, resized
+from .export_common import allowed, copied, difference, ran, resized
 from .follow import arguments
 from .moves import argument
 
@@ -54,11 +53,10 @@ def plan_of(twin: Replica, inputs: Any) -> Plan:
         twin = Replica(nn.Sequential(twin.model), twin.device, twin.dtype)
     given = list(inputs) if isinstance(inputs, Mapping) else None
     shown = resized(inputs, SAMPLES)
-    wanted = list(outputs(twin, shown, "export").values())
+    wanted = ran(twin, shown)
 
     def agrees(module: nn.Module) -> bool:
-        found = list(outputs(Replica(module, twin.device, twin.dtype), shown, "export").values())
-        return difference(wanted, found) <= allowed(twin.model, 1e-5)
+        return difference(wanted, ran(Replica(module, twin.device, twin.dtype), shown)) <= allowed(twin.model, 1e-5)
 
     graph = read(twin.model, (), given=given, agrees=agrees)
     if graph.traced is None:
@@ -69,7 +67,7 @@ def plan_of(twin: Replica, inputs: Any) -> Plan:
     module = fx.GraphModule(twin.model, graph.traced)
     reader = _Reader(module, tuple(batch.shape[1:]))
     with torch.no_grad():
-        reader.run(*arguments(module, shown))
+        reader.run(*arguments(module, copied(shown)))
     return reader.plan()
 
 
@@ -153,7 +151,7 @@ class _Reader(fx.Interpreter):
     def _step(self, node: Node, shape: tuple[int, ...]) -> None:
         if node.op == "call_module" and hooked(self.modules[str(node.target)]):
             self._refuse(node, "hooks may change what it gives")
-        if len(node.args) == 2 and isinstance(node.args[0], Node) and adds(node, node.args[0]):
+        if _adds(node):
             self._add(node, shape)
             return
         source, read_from = self._source(node)
@@ -238,10 +236,12 @@ class _Reader(fx.Interpreter):
             return AdaptivePool(name, places, 0, one, two)
 
         def setting(position: int, key: str, default: Any) -> Any:
-            return getattr(module, key, default) if module is not None else argument(node, position, key, default)
+            if module is not None:
+                return getattr(module, key, default)
+            return self.map_nodes_to_values(argument(node, position, key, default), node)  # sizes may be read from a shape
 
         kernel, stride = setting(1, "kernel_size", None), setting(2, "stride", None)
-        stride = kernel if stride is None or stride == () else stride
+        stride = kernel if stride is None or stride in ((), []) else stride
         padding = setting(3, "padding", 0)
         if kind == "max":
             if setting(6, "return_indices", False):
@@ -310,6 +310,12 @@ def _moves_nothing(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     return passes(node, modules) and str(getattr(node.target, "__name__", node.target)) not in ("transpose", "permute")
 
 
+def _adds(node: Node) -> bool:
+    """True for the plain sum of a tensor and something else, or of a tensor and itself."""
+    named = node.target in _SUMS if node.op == "call_function" else node.op == "call_method" and node.target in ("add", "add_")
+    return named and len(node.args) == 2 and not node.kwargs and isinstance(node.args[0], Node)
+
+
 def _in_place(node: Node, module: nn.Module | None) -> bool:
     if module is not None:
         return bool(getattr(module, "inplace", False))
@@ -318,6 +324,7 @@ def _in_place(node: Node, module: nn.Module | None) -> bool:
 
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+_SUMS = (operator.add, operator.iadd, torch.add)
 _POOLS: dict[Any, tuple[str, int]] = {
     nn.MaxPool1d: ("max", 1),
     nn.MaxPool2d: ("max", 2),

@@ -14,14 +14,16 @@ from ..status import InvalidInput
 from . import c_check
 from .c_read import plan_of
 from .c_source import source_of
-from .compact import outputs
-from .export_common import check_output, difference, refuse_different, staged, start
+from .export_common import check_output, difference, ran, refuse_different, staged, start
 from .export_result import Exported
 
 TOLERANCE = 1e-5
 """By how much the C function's outputs may differ, relative to the largest."""
 
-TAKEN = frozenset(("float", "stddef", "stdint", "stdio"))
+TAKEN = frozenset(
+    "assert complex ctype errno fenv float inttypes iso646 limits locale math setjmp signal stdarg stdbool stddef stdint stdio stdlib "
+    "string tgmath time wchar wctype".split()
+)
 """Headers of C itself, which a network's own must not hide."""
 
 
@@ -33,6 +35,8 @@ def check_name(place: Path) -> str:
             f"export: the C function is named by the file, and {name!r} cannot be its name; "
             "use letters, digits and underscores, as in network.c"
         )
+    if place.with_suffix(".h").is_dir():
+        raise InvalidInput(f"export: the header {str(place.with_suffix('.h'))!r} is a folder; choose another name")
     return name
 
 
@@ -42,7 +46,7 @@ def export_c(model: object, example: Any, path: str | Path) -> Exported:
     name = check_name(place)
     twin, inputs = start(model, example)
     kinds = {parameter.dtype for parameter in twin.model.parameters() if parameter.is_floating_point()}
-    notes = [f"the model's {kind} became float32" for kind in map(str, kinds) if kind != "torch.float32"]
+    notes = [f"the model's {kind} became float32" for kind in sorted(map(str, kinds)) if kind != "torch.float32"]
     twin.model.float()
     inputs = {key: _float(value) for key, value in inputs.items()} if isinstance(inputs, Mapping) else _float(inputs)
     plan = plan_of(twin, inputs)
@@ -55,7 +59,7 @@ def export_c(model: object, example: Any, path: str | Path) -> Exported:
         if c_check.compiler() is None:
             notes.append("no C compiler was found (cc, gcc or clang): the file was not run, and its code not measured")
         else:
-            wanted = next(iter(outputs(twin, inputs, "export").values()))
+            wanted = ran(twin, inputs)[0]
             given = next(v for v in inputs.values() if isinstance(v, Tensor)) if isinstance(inputs, Mapping) else inputs
             samples = len(given)
             found = difference([wanted.reshape(samples, -1)], [c_check.run(folder, name, given)])

@@ -34,8 +34,34 @@ def start(model: object, example: Any) -> tuple[Replica, Any]:
         inputs = {key: value.detach().cpu() if isinstance(value, Tensor) else value for key, value in inputs.items()}
     else:
         inputs = inputs.detach().cpu()
-    outputs(twin, inputs, "export")
+    outputs(twin, copied(inputs), "export")
     return twin, inputs
+
+
+def copied(inputs: Any) -> Any:
+    """Copies of the inputs: a model may change in place what it is given."""
+    if isinstance(inputs, Mapping):
+        return {key: value.clone() if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    return inputs.clone()
+
+
+def ran(twin: Replica, inputs: Any) -> list[Tensor]:
+    """The floating-point tensors that the model gives, those inside of tuples and mappings too. Raises InvalidInput."""
+    try:
+        found = twin.run(copied(inputs))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InvalidInput(f"export: the model cannot run on a batch of {count(inputs)}: {first}") from error
+    return leaves(found)
+
+
+def leaves(output: Any) -> list[Tensor]:
+    """The floating-point tensors of an output, however they are nested."""
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)):
+        return [tensor for part in output for tensor in leaves(part)]
+    return [output] if isinstance(output, Tensor) and output.is_floating_point() else []
 
 
 def count(inputs: Any) -> int:
@@ -104,7 +130,6 @@ def staged(path: Path, names: Sequence[str]) -> Iterator[Path]:
     try:
         yield folder
         for name in names:
-            os.chmod(folder / name, 0o644)
             os.replace(folder / name, path.parent / name)
     except OSError as error:
         raise InvalidInput(f"export: {path} could not be written ({error}); choose another place") from error

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..solvers.reference import MissingExtra
 from ..status import InvalidInput
-from .compact import outputs
-from .export_common import allowed, check_output, difference, refuse_different, resized, staged, start
+from .export_common import allowed, check_output, difference, ran, refuse_different, resized, staged, start
 from .export_program import known_warnings, traced
 from .export_result import Exported
 
@@ -60,8 +59,7 @@ def export_onnx(model: object, example: Any, path: str | Path) -> Exported:
             raise InvalidInput(f"export: no ONNX file could be made of the model ({first}); nothing is written") from error
         for samples in sizes:
             batch = resized(inputs, samples)
-            wanted = list(outputs(twin, batch, "export").values())
-            found = difference(wanted, _run(session, batch))
+            found = difference(ran(twin, batch), _run(session, batch))
             refuse_different(found, tolerance, "ONNX", samples)
             worst = max(worst, found)
         size = file.stat().st_size

@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
-from ..calibration import output_tensors
 from ..capture import Replica
 from ..status import InvalidInput
-from .compact import outputs
-from .export_common import allowed, batched, check_output, count, difference, refuse_different, resized, staged, start
+from .export_common import allowed, batched, check_output, copied, count, difference, leaves, ran, refuse_different, resized, staged, start
 from .export_result import Exported
 
 TOLERANCE = 1e-5
@@ -34,10 +32,10 @@ def export_program(model: object, example: Any, path: str | Path) -> Exported:
             loaded = torch.export.load(folder / place.name).module()
         for samples in sizes:
             batch = resized(inputs, samples)
-            wanted = list(outputs(twin, batch, "export").values())
+            given = copied(batch)
             with torch.no_grad():
-                made = loaded(**batch) if isinstance(batch, Mapping) else loaded(batch)
-            found = difference(wanted, list(output_tensors(made).values()))
+                made = loaded(**given) if isinstance(given, Mapping) else loaded(given)
+            found = difference(ran(twin, batch), leaves(made))
             refuse_different(found, tolerance, ".pt2", samples)
             worst = max(worst, found)
         size = (folder / place.name).stat().st_size
@@ -50,11 +48,13 @@ def traced(twin: Replica, inputs: Any) -> tuple[ExportedProgram, tuple[int, ...]
     Raises InvalidInput where torch.export cannot follow the model.
     """
     samples = count(inputs)
+    # seen on the example, because what is no batch can have as many rows as the size that is shown
+    along: Any = {key: batched(value, samples) for key, value in inputs.items()} if isinstance(inputs, Mapping) else True
     causes: list[str] = []
     # torch.export takes a size of 0 or 1 for a constant, so that the free size is shown to it as 2; some models need at least 2 samples
     for least in (1, 2, None):
         try:
-            program = _program(twin, inputs if least is None else resized(inputs, 2), least)
+            program = _program(twin, inputs if least is None else resized(inputs, 2), least, along)
         except Exception as error:  # torch.export raises many kinds; what only the free size caused goes away without it
             causes.append(_first(error))
             if least is None:
@@ -77,14 +77,15 @@ def traced(twin: Replica, inputs: Any) -> tuple[ExportedProgram, tuple[int, ...]
     return program, tuple(dict.fromkeys((shown, shown + 1, least))), notes
 
 
-def _program(twin: Replica, inputs: Any, least: int | None) -> ExportedProgram:
+def _program(twin: Replica, inputs: Any, least: int | None, along: Any) -> ExportedProgram:
+    """The program, for at least so many samples; ``along`` tells which inputs hold one entry for each."""
     positional, named = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), None)
     shapes: Any = None
     if least is not None:
-        size, dim = count(inputs), Dim("batch", min=least)
+        dim = Dim("batch", min=least)
         shapes = ({0: dim},)
         if named is not None:
-            shapes = {key: {0: dim} if batched(value, size) else None for key, value in named.items()}
+            shapes = {key: {0: dim} if along[key] else None for key in named}
     with torch.no_grad(), known_warnings():
         return torch.export.export(twin.model, positional, named, dynamic_shapes=shapes)
 

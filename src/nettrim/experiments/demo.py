@@ -23,11 +23,13 @@ TEST_BATCH = 500
 
 @dataclass(frozen=True)
 class Demo:
-    """The reference network, the sparsest result (cascade, l0), and one comparison row for each network, the reference first."""
+    """The reference network, the sparsest result (cascade, l0), one comparison row for each network, the reference first, and a batch of
+    test images."""
 
     reference: nn.Module
     result: PruneResult
     rows: tuple[ComparisonRow, ...]
+    example: torch.Tensor
 
 
 def run(
@@ -74,7 +76,7 @@ def run(
     _, fifth = pruned("Magnitude, as many weights", same_counts(l0), "cascade")
     layers = len(l0.report.layers)
     dense = ComparisonRow("Trained network", (1.0,) * layers, 1.0, accuracy, 1.0, 0.0, None, None, "reference")
-    return Demo(network, l0, (dense, first, second, third, fourth, fifth))
+    return Demo(network, l0, (dense, first, second, third, fourth, fifth), dataset.test_images[:TEST_BATCH])
 
 
 def same_counts(result: PruneResult) -> Magnitude:
