@@ -61,7 +61,13 @@ def curvatures(layer: LayerProgram, name: str, sparsity: float = 0.9) -> list[di
         settings = Loop(most_parts=parts, rows_per_input=0, curvature=math.inf, still=CALM)
         loop = iterate(p, round((1 - sparsity) * layer.weights.numel()), settings)
         W, b, _ = finish(p, loop, Polish())
-        one = {"layer": name, "shape": list(layer.shape), "parts": parts, "used_now": l0.row_parts(p), "curvature": curvature(p, parts)}
+        one = {
+            "layer": name,
+            "shape": list(layer.shape),
+            "parts": parts,
+            "used_now": l0.row_parts(p).count,
+            "curvature": curvature(p, parts),
+        }
         found.append(one | {"distance": layer.distance(W, b), "iterations": loop.iterations})
     return found
 

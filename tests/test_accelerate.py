@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import importlib.util
 import io
+import math
+import os
+import signal
 import threading
+import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +21,8 @@ from torch import Tensor, nn
 
 import nettrim
 from nettrim.deploy import accelerate as _function
-from nettrim.deploy import semi_structured, sparse_candidates
+from nettrim.deploy import kernels_team, semi_structured, sparse_candidates
+from nettrim.deploy.compact import relative_difference
 from nettrim.deploy.sparse_chain import SparseChain
 from nettrim.deploy.sparse_region import SparseRegion
 from nettrim.deploy.sparse_timing import interleaved, typical
@@ -270,6 +277,180 @@ def test_hooks_and_shared_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distance(made.model(x), model(x).detach()) <= 1e-5
     assert [(choice.name, choice.kind) for choice in made.choices] == [("0", "direct"), ("3", "dense")]
     assert "hooks" in made.choices[1].why
+
+
+@native
+@pytest.mark.parametrize("place", ["", "0"])
+def test_hooks_of_what_is_traced_into_stay(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    model = sparse(nn.Sequential(nn.Sequential(nn.Linear(12, 12), nn.ReLU()), nn.Linear(12, 3)), 0.5)
+    model.get_submodule(place).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    monkeypatch.setattr(sparse_candidates, "typical", lambda seconds: -len(seen))  # what is timed last wins
+    monkeypatch.setattr(sparse_candidates, "interleaved", lambda candidates, budget: {kind: seen.append(0) or [] for kind in candidates})
+    made = nettrim.accelerate(model, draw(5, 12), budget=BUDGET)
+    assert all(isinstance(value, Tensor) or value == 0 for value in seen)  # no stand-in of the tracer's
+    assert any("hooks of" in note and "one at a time" in note for note in made.notes)
+    seen.clear()
+    made.model(draw(5, 12))
+    assert len(seen) == 1
+
+
+@native
+def test_a_layer_with_a_forward_of_its_own_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, "every layer sparse")
+    model = sparse(nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3)), 0.5).requires_grad_(False)
+    model[0].forward = lambda x: 2 * x  # type: ignore[index, union-attr]
+    x = draw(5, 12)
+    made = nettrim.accelerate(model, x, budget=BUDGET)
+    assert [choice.kind for choice in made.choices] == ["dense", "direct"] and "not that of its class" in made.choices[0].why
+    assert distance(made.model(x), model(x)) <= 1e-5
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(12, 3)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        result: Tensor = self.fc(x)
+        return result
+
+
+def test_a_model_that_remembers_is_refused() -> None:
+    model = Counting()
+    with pytest.raises(InvalidInput, match="'calls'"):
+        nettrim.accelerate(model, draw(5, 12), budget=BUDGET)
+    assert float(model.calls) == 0
+
+
+def test_the_example_stays_as_it_was() -> None:
+    x = draw(5, 12)
+    nettrim.accelerate(nn.Sequential(nn.Hardtanh(inplace=True), nn.Linear(12, 3)), x, budget=BUDGET)
+    assert torch.equal(x, draw(5, 12))
+
+
+@pytest.mark.parametrize("part", ["columns", "rows"])
+def test_places_outside_a_layer_are_refused_before_they_are_read(forced: str, part: str) -> None:
+    made, x = nettrim.accelerate(sparse(fc()), draw(4, 1, 12, 12), budget=BUDGET).model, draw(4, 1, 12, 12)
+    good = {name: value.clone() for name, value in made.state_dict().items()}
+    for shift in (1_000, -1_000):
+        made.load_state_dict({name: value + shift * name.endswith(part) for name, value in good.items()})
+        with pytest.raises(InvalidInput, match="rows and columns"):
+            made(x)
+    made.load_state_dict(good)
+    wanted = made(x)
+    spread = {name: torch.stack((value, value), -1)[..., 0] for name, value in good.items()}
+    made.load_state_dict(spread, assign=True)  # not contiguous
+    assert torch.equal(made(x), wanted)
+
+
+def test_what_is_thawed_is_refused(forced: str) -> None:
+    made, x = nettrim.accelerate(sparse(fc()), draw(4, 1, 12, 12), budget=BUDGET).model, draw(4, 1, 12, 12)
+    made.requires_grad_(True)
+    with pytest.raises(InvalidInput, match="leave it frozen"):
+        made(x)
+    with torch.inference_mode():
+        made(x)
+
+
+@native
+def test_tracing_by_example_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, "every layer sparse")
+    x = draw(4, 1, 12, 12)
+    made = nettrim.accelerate(sparse(fc()), x, budget=BUDGET).model
+    with warnings.catch_warnings(), pytest.raises(InvalidInput, match="cannot be traced"):
+        warnings.simplefilter("ignore")
+        torch.jit.trace(made, x)
+
+
+class Towers(nn.Module):
+    """Two inputs that need not have equally many rows, and a tensor that is the same for any batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(20, 30), nn.Linear(20, 30), nn.Linear(30, 30)
+        self.shift = nn.Parameter(torch.ones(1, 30))
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        a = self.c(self.shift + self.a(first))
+        return a @ self.b(second).t()
+
+
+@native
+def test_inputs_of_different_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, "every layer sparse")
+    model = sparse(Towers(), 0.5).requires_grad_(False)
+    made = nettrim.accelerate(model, {"first": draw(1, 20), "second": draw(1, 20, seed=1)}, budget=BUDGET)
+    assert {choice.kind for choice in made.choices} == {"direct"}
+    inputs = {"first": draw(4, 20, seed=2), "second": draw(7, 20, seed=3)}
+    assert distance(made.model(**inputs), model(**inputs)) <= 1e-5
+
+
+def test_nan_and_inf_are_no_agreement() -> None:
+    nan, inf = math.nan, math.inf
+
+    def differ(a: list[float], b: list[float]) -> float:
+        return relative_difference({0: torch.tensor(a)}, {0: torch.tensor(b)})
+
+    assert differ([1.0, 2.0], [nan, 2.0]) == differ([nan, 2.0], [1.0, 2.0]) == differ([1.0, inf], [1.0, -inf]) == inf
+    assert differ([nan, inf, -inf], [nan, inf, -inf]) == 0.0
+    assert differ([-inf, 4.0], [-inf, 5.0]) == 0.25
+
+
+def test_a_forked_process_does_not_wait_for_threads_that_it_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+    function = kind(ran.append)
+    address = int(ctypes.cast(function, ctypes.c_void_p).value or 0)
+    monkeypatch.setattr(kernels_team, "_openmp", lambda: lambda *arguments: ran.append(-1))
+    monkeypatch.setattr(kernels_team, "_used", False)
+    monkeypatch.setattr(kernels_team, "_lost", False)
+    monkeypatch.setattr(kernels_team, "_lock", kernels_team._lock)
+    monkeypatch.setattr(kernels_team, "_pools", {})
+    kernels_team._begin_anew()  # before the team was used: the process may have one of its own
+    kernels_team.run(address, 5, 2)
+    if hasattr(os, "fork"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # newer versions of Python warn of threads
+            child = os.fork()
+        if not child:
+            os._exit(0 if kernels_team._lost else 1)
+        assert os.waitpid(child, 0)[1] == 0 and not kernels_team._lost
+    kernels_team._begin_anew()
+    with pytest.raises(InvalidInput, match="set_num_threads"):
+        kernels_team.run(address, 5, 2)
+    kernels_team.run(address, 7, 1)
+    assert ran == [-1, 7]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer that interrupts")
+def test_an_interrupt_waits_for_the_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+
+    def work(number: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.3)
+            done.append(number)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    function = ctypes.CFUNCTYPE(None, ctypes.c_int64)(work)
+    monkeypatch.setattr(kernels_team, "_openmp", lambda: None)
+    monkeypatch.setattr(kernels_team, "_callable", lambda address: function)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        kernels_team._pool(2).submit(time.sleep, 0).result()  # has its thread
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            kernels_team.run(0, 1, 3)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    helped = len(done)
+    time.sleep(0.5)
+    assert len(done) == helped >= 1  # none went on behind the interrupt
 
 
 def _bad() -> list[tuple[Callable[[], Any], str]]:

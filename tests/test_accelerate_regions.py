@@ -188,12 +188,69 @@ def test_nan_is_not_hidden_by_bounds_pooling_and_borders() -> None:
     assert torch.equal(made(x).isnan(), model(x).isnan()) and bool(made(x).isnan().any())
 
 
+def test_tensors_of_any_kind_of_memory() -> None:
+    model = sparse(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)), share=0.3)
+    x = draw(4, 3, 9, 10)
+    made, _ = accelerated(model, x)
+    wide = draw(4, 3, 9, 1).expand(4, 3, 9, 10)
+    for view in (
+        x.to(memory_format=torch.channels_last),
+        wide,
+        x.flip(0)[::2],
+        torch._neg_view(x),
+        draw(2, 3, 30, 31)[:, :, 3:12, 4:23:2],
+    ):
+        assert close(made(view), model(view))
+    assert close(made(torch._efficientzerotensor(4, 3, 9, 10)), model(torch.zeros(4, 3, 9, 10)))
+    with torch.device("meta"):  # where tensors are made by default: not here
+        assert close(accelerated(model, x)[0](x), model(x))
+
+
+def test_means_of_large_images_keep_their_digits() -> None:
+    """Four million equal numbers, of which one sum after the other would round the same way: 0.002 off."""
+    model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 1, bias=False))
+    with torch.no_grad():
+        for parameter in model.eval().parameters():
+            parameter.fill_(1.0).requires_grad_(False)
+    made, _ = accelerated(model, torch.ones(1, 1, 8, 8))
+    for images in (1, 2):
+        found = made(torch.full((images, 1, 2048, 2048), 0.1))
+        assert float((found - 0.1).abs().max()) <= 3e-7
+
+
+class InPlace(nn.Module):
+    """Changes in place what another name still holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.same = nn.Dropout()
+        self.accelerated0 = nn.Conv2d(8, 8, 1, padding=1)  # stays dense, under a name that regions use
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.a(images)
+        alias = self.same(x)
+        y = F.relu(alias, inplace=True)
+        y = self.b(y + x)
+        y += x
+        return self.accelerated0(F.relu(y, inplace=True)).relu_()
+
+
+def test_changes_in_place_reach_all_who_read() -> None:
+    model = sparse(InPlace(), share=0.3)
+    x = draw(5, 3, 6, 7)
+    made, placed = accelerated(model, x)
+    assert close(made(x), model(x))
+    assert [step.kind for place in placed for step in place.module.steps] == ["conv", "conv"]
+    assert placed[1].module.steps[0].low == 0.0  # what nobody else holds is still merged
+
+
 def test_nothing_is_read_or_written_outside_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The arena in the middle of NaN: none may come in, and none may be overwritten."""
     guard, seen = 4096, []
     plain = torch.zeros
 
-    def zeros(size: int, *, dtype: torch.dtype) -> Tensor:
+    def zeros(size: int, *, dtype: torch.dtype, device: str) -> Tensor:
         whole = torch.full((size + 2 * guard,), math.nan, dtype=dtype)
         whole[guard:-guard] = 0
         seen.append(whole)

@@ -181,6 +181,25 @@ def test_names_that_cannot_be(result: PruneResult, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.safetensors"]
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.zeros(3, dtype=torch.complex128), "safetensors does not hold torch.complex128 .extra."),
+        (torch.eye(3).to_sparse(), "entry 'extra' is a torch.sparse_coo tensor.*use .to_dense"),
+        (torch.zeros(3, device="meta"), "entry 'extra' holds no values yet"),
+    ],
+)
+def test_state_that_cannot_be_stored(value: torch.Tensor, words: str, tmp_path: Path) -> None:
+    model = nn.Linear(50, 40)
+    model.register_buffer("extra", value)
+    for compressed in (False, True):
+        with pytest.raises(InvalidInput, match=words):
+            nettrim.save_weights(model, tmp_path / "a.safetensors", compressed=compressed)
+    with pytest.raises(InvalidInput, match="holds no values yet"):
+        nettrim.save_weights(nn.LazyLinear(3), tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_interrupted_save_leaves_the_earlier_file(result: PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = nettrim.save_weights(result.model, tmp_path / "a.safetensors")
     before = file.read_bytes()

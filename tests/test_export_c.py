@@ -183,6 +183,19 @@ class Functional(nn.Module):
         return F.hardtanh(self.fc(y.unsqueeze(1)).squeeze(1), -0.5, 0.75)
 
 
+class Sizes(nn.Module):
+    """Pooling by sizes that are read from a shape, and a sum of a value with itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.max_pool2d(self.conv(x), x.size(2) // 4, [])
+        y = y + y
+        return F.avg_pool2d(y, y.size()[2:], stride=y.shape[-1]).view(x.size(0), -1)
+
+
 CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "linear": (lambda: nn.Sequential(nn.Linear(13, 9), nn.ReLU(), nn.Linear(9, 4, bias=False)), (13,)),
     "linear on tokens": (lambda: nn.Sequential(nn.Linear(6, 5), nn.LeakyReLU(0.2), nn.Linear(5, 3)), (4, 6)),
@@ -208,6 +221,7 @@ CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "adaptive": (lambda: nn.Sequential(nn.AdaptiveAvgPool2d((3, 2)), nn.Flatten(2), nn.AdaptiveAvgPool1d(4)), (2, 7, 5)),
     "residual": (Residual, (3, 5, 5)),
     "functional": (Functional, (2, 8, 8)),
+    "sizes": (Sizes, (2, 8, 8)),
     "nothing": (nn.Identity, (4,)),
     "activation of the input": (lambda: nn.Sequential(nn.Flatten(), nn.LeakyReLU(0.1), nn.ReLU(), nn.Dropout()), (2, 3)),
 }
@@ -313,6 +327,19 @@ def test_other_dtypes_become_float32_and_mappings_work(tmp_path: Path) -> None:
     assert made.notes == ("the model's torch.float64 became float32",) and made.difference is not None
 
 
+@compiled
+def test_nan_goes_on_and_the_example_stays(tmp_path: Path) -> None:
+    """What broke before the network must not come out as a number; a model may change its input in place."""
+    model, example = nn.Sequential(nn.ReLU6(inplace=True), nn.MaxPool1d(2), nn.Hardtanh(-0.5, 0.5)), images(4, 2, 6)
+    nettrim.export(model, example, tmp_path / "net.c")
+    assert torch.equal(example, images(4, 2, 6))
+    x = images(5, 2, 6, seed=3)
+    x[:, 0, 2], x[:, 1, 5] = float("nan"), float("nan")
+    found, wanted = c_check.run(tmp_path, "net", x), model(x).flatten(1)
+    assert torch.equal(found.isnan(), wanted.isnan()) and wanted.isnan().sum() == 10
+    assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
+
+
 class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if float(x.sum()) > 0 else -x
@@ -372,11 +399,18 @@ def test_what_has_no_c_form_is_refused_by_name_and_nothing_is_written(model: nn.
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["my-net.c", "9.c", "float.c", "n.t.c", "net.h", "net"])
+@pytest.mark.parametrize("name", ["my-net.c", "9.c", "float.c", "math.c", "n.t.c", "net.h", "net"])
 def test_names_that_c_does_not_take(name: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"must end in \.c|cannot be its name|format"):
         nettrim.export(nn.Linear(4, 4), images(2, 4), tmp_path / name, format=None if name == "net" else "c")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_the_place_of_the_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "net.h").mkdir()
+    monkeypatch.setattr(export_c, "start", lambda *given: pytest.fail("work was done"))
+    with pytest.raises(InvalidInput, match=r"the header .*net\.h' is a folder"):
+        nettrim.export(nn.Linear(4, 4), images(2, 4), tmp_path / "net.c")
 
 
 def test_integers_are_no_input(tmp_path: Path) -> None:
@@ -389,6 +423,15 @@ def test_without_a_compiler_a_note_says_so(tmp_path: Path, monkeypatch: pytest.M
     made = nettrim.export(randomised(nn.Linear(4, 3)), images(2, 4), tmp_path / "net.c")
     assert made.difference is None and made.checked == () and "no C compiler" in made.notes[0]
     assert made.sizes is not None and made.sizes.code is None and (tmp_path / "net.c").is_file()
+
+
+@pytest.mark.parametrize("command", ["no-such-compiler -O2", '"unclosed'])
+def test_a_compiler_that_is_stated_and_missing(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one in its place would check something else than was asked for."""
+    monkeypatch.setenv("CC", command)
+    with pytest.raises(InvalidInput, match=r"CC=.* must name a C compiler"):
+        nettrim.export(nn.Linear(4, 3), images(2, 4), tmp_path / "net.c")
+    assert list(tmp_path.iterdir()) == []
 
 
 @compiled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,59 @@ def test_keyword_inputs_and_several_outputs(format: str, tmp_path: Path) -> None
     example = {"left": images(3, 4), "right": images(3, 3, seed=5), "factor": 2.0}
     made = nettrim.export(Named(), example, tmp_path / f"net.{format}")
     assert made.dynamic and made.difference is not None and made.difference <= LIMITS[format]
+
+
+class Table(nn.Module):
+    """An input that is no batch, however many rows it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        out: Tensor = self.fc(x) @ table.T
+        return out
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_an_input_with_two_rows_is_no_batch(format: str, tmp_path: Path) -> None:
+    """Two samples are what torch.export is shown."""
+    model, table = Table(), images(2, 3, seed=5)
+    made = nettrim.export(model, {"x": images(5, 4), "table": table}, tmp_path / f"net.{format}")
+    assert made.dynamic and made.checked == (5, 6, 1)
+    if format == "onnx":
+        shapes = {item.name: item.shape for item in onnxruntime.InferenceSession(str(made.path)).get_inputs()}
+        assert shapes["table"] == [2, 3] and shapes["x"][0] != 2
+
+
+class Several(nn.Module):
+    """Outputs inside of outputs, of an input that is changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        x += 1.0
+        y = self.fc(x)
+        return y, (y * 2, {"third": y - 1, "class": y.argmax(1)})
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_nested_outputs_and_an_example_that_the_model_would_change(format: str, tmp_path: Path) -> None:
+    example = images(5, 4)
+    made = nettrim.export(Several(), example, tmp_path / f"net.{format}")
+    assert made.dynamic and made.difference is not None and made.difference <= LIMITS[format]
+    assert torch.equal(example, images(5, 4))
+
+
+def test_the_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        path = nettrim.export(nn.Linear(4, 3), images(2, 4), tmp_path / "net.pt2").path
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 class Branching(nn.Module):

@@ -253,6 +253,33 @@ def test_no_bound_passes_what_may_have_been_changed_in_place() -> None:
     assert result.certificate.network.bound is None and result.certificate.holds
 
 
+class MadeInForward(nn.Module):
+    """Adds a tensor that forward makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.first(x) + torch.ones(6)))
+
+
+@pytest.mark.parametrize("scheme", ["cascade", "parallel"])
+def test_tensors_that_forward_makes_are_seen_in_every_copy(scheme: str) -> None:
+    torch.manual_seed(0)
+    model = MadeInForward()
+    result = prune(model, [torch.randn(100, 6)], NetTrim(sparsity=0.3), scheme=scheme, progress=False)
+    assert result.certificate.holds and result.report.layers[0].activation == "relu"
+    assert not any(name.startswith("_tensor") for name in (*vars(model), *vars(result.model)))
+
+
+def test_what_a_model_does_in_place_does_not_reach_the_data() -> None:
+    x = torch.randn(100, 6, dtype=torch.float64)
+    before = x.clone()
+    prune(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 4).double()), [x], NetTrim(sparsity=0.3), progress=False)
+    assert torch.equal(x, before)
+
+
 def test_arguments_that_are_not_given_keep_their_defaults() -> None:
     assert read(Block().eval(), ["up"]).readings["up"].activation == RELU
     assert read(Block().eval(), ["up"], given=["x", "mask"]).readings["up"].activation == RELU

@@ -207,7 +207,7 @@ def test_rare_inputs_are_not_sampled() -> None:
     inputs[17, 3] = 5.0
     rare = from_rows(inputs, RELU.apply(inputs @ p.weights + p.bias), RELU, p.weights, p.bias)
     common, single = (standardise(q, ridge=0.001, shuffled=True) for q in (p, rare))
-    assert l0.row_parts(common) == 8 and l0.row_parts(single) <= 2 and l0.row_parts(standardise(p)) == 1
+    assert l0.row_parts(common).count == 8 and l0.row_parts(single).count <= 2 and l0.row_parts(standardise(p)).count == 1
     unshuffled = standardise(rare, ridge=0.001)
     assert l0.within_budget(single, 30).distance == pytest.approx(l0.within_budget(unshuffled, 30).distance, rel=0.02)
 
@@ -224,6 +224,6 @@ def test_curvature_is_the_largest_eigenvalue(parts: int, monkeypatch: pytest.Mon
 def test_parts_of_the_rows_come_near_all_of_them() -> None:
     p = layer(6000, 40, 10, seed=3, rank=25, noise=0.3, dtype=torch.float32)
     s = standardise(p, ridge=0.001, shuffled=True)
-    assert l0.row_parts(s) > 1
+    assert l0.row_parts(s).count > 1
     for k in (40, 120, 240):
-        assert l0.within_budget(s, k).distance <= 1.02 * l0.within_budget(s, k, parts=1).distance
+        assert l0.within_budget(s, k).distance <= 1.02 * l0.within_budget(s, k, parts=l0.Parts()).distance

@@ -79,7 +79,8 @@ def read_by_the_book(stored: dict[str, Tensor], header: str) -> dict[str, bytes]
         for i, place in enumerate(places):
             rows[place] = bytearray(plane[i] for plane in parts)
         state[key] = b"".join(rows)
-        assert zlib.crc32(state[key]) == entry["crc32"]
+        said_first = json.dumps([entry["dtype"], entry["shape"]], separators=(",", ":")).encode()
+        assert zlib.crc32(said_first + state[key]) == entry["crc32"]
     return state
 
 
@@ -234,6 +235,18 @@ def test_another_number_in_the_header_is_noticed(coding: str) -> None:
     packing.unpack(stored, json.dumps(header))
 
 
+@pytest.mark.parametrize("change", [{"dtype": "I32"}, {"shape": [50, 40]}, {"shape": [2000]}, {"shape": [1, 40, 50]}])
+def test_the_same_bytes_as_something_else_are_noticed(change: dict[str, Any]) -> None:
+    """Another dtype of the same size, or another shape of as many entries, fits everything else that the header says."""
+    stored, text = packing.pack({"one.weight": sparse((40, 50), torch.float32, 0.05)})
+    header = json.loads(text)
+    assert header["tensors"]["one.weight"][packing.FIELDS.index("negative_zeros")] == 0
+    for key, value in change.items():
+        header["tensors"]["one.weight"][packing.FIELDS.index(key)] = value
+    with pytest.raises(InvalidInput, match=r"tensor 'one\.weight': its bytes do not have the stated checksum"):
+        packing.unpack(stored, json.dumps(header))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -332,7 +345,8 @@ def test_what_does_not_add_up(coding: str, numel: int, parts: list[tuple[int, by
 
 def test_a_bool_that_is_neither() -> None:
     stored, header = crafted("dense", 9, [(9, b"\x00\x01\x02" * 3)], 9, "BOOL")
-    header = header.replace("[9], 0]", f"[9], {zlib.crc32(bytes([0, 1, 2] * 3))}]")
+    right = zlib.crc32(b'["BOOL",[9]]' + bytes([0, 1, 2] * 3))
+    header = header.replace("[9], 0]", f"[9], {right}]")
     with pytest.raises(InvalidInput, match="a bool must be 0 or 1"):
         packing.unpack(stored, header)
 

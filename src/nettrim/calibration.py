@@ -84,8 +84,9 @@ def forward(model: nn.Module, batch: Any, device: torch.device, dtype: torch.dty
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        value = value.to(device)
-        return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        moved = value.to(device)
+        moved = moved.to(dtype) if dtype is not None and value.is_floating_point() else moved
+        return moved.clone() if moved.data_ptr() == value.data_ptr() else moved  # a model may work in place
 
     if isinstance(inputs, Mapping):
         return model(**{key: move(value) for key, value in inputs.items()})

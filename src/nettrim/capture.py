@@ -128,6 +128,8 @@ class Replica:
     def _made_from_graph(self) -> fx.GraphModule:
         """The traced graph over this model's own modules, with a tap on every sum that a reading names."""
         assert self.graph is not None and self.graph.traced is not None
+        for name, constant in self.graph.constants.items():
+            setattr(self.model, name, constant.to(self.device))
         made = fx.GraphModule(self.model, copy.deepcopy(self.graph.traced))
         nodes = {node.name: node for node in made.graph.nodes}
         for name, reading in self.graph.readings.items():

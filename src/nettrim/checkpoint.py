@@ -56,7 +56,9 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
                 f"state_dict entry {key!r} is a {type(value).__name__}; safetensors holds tensors only: use torch.save for this model"
             )
         if without_values(value):
-            raise InvalidInput(f"state_dict entry {key!r} holds no values yet (a lazy module, or the meta device); run or load the model first")
+            raise InvalidInput(
+                f"state_dict entry {key!r} holds no values yet (a lazy module, or the meta device); run or load the model first"
+            )
         if value.layout is not torch.strided:
             raise InvalidInput(f"state_dict entry {key!r} is a {value.layout} tensor; safetensors holds dense ones only: use .to_dense()")
         state[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)

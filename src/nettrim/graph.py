@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from . import preimage
 from .attention import AttentionLayers
@@ -55,7 +55,8 @@ class Graph:
     """The readings of all layers asked for, the chain, and the graph itself where it could be traced.
 
     ``tail`` is the chain from the layer that is called last: all that a cascade needs for a bound of the output. ``plain`` are the layers
-    that were read without batch-norm and added branches.
+    that were read without batch-norm and added branches. ``constants`` are tensors that ``forward`` makes itself: tracing keeps them on the
+    traced model alone.
     """
 
     readings: Mapping[str, Reading]
@@ -64,6 +65,7 @@ class Graph:
     traced: fx.Graph | None = None
     tail: Chain = Chain((), "no layer is on the way to the output")
     plain: frozenset[str] = frozenset()
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
 
     def feeding(self, name: str, among: Iterable[str]) -> set[str]:
         """Those ``among`` the layers that the sum of layer ``name`` depends on, itself left out; empty for one that is added to nothing."""
@@ -130,7 +132,9 @@ def read(
         readings = {name: Reading(preimage.as_linear("unknown"), words, "not seen") for name in names}
         hidden = Graph(readings, Chain((), "the graph could not be traced"), words)
         return hidden.corrected(model, {name: correction for name, correction in corrections.items() if name in readings})
-    return _interpreted(traced, model, names, corrections, frozenset(plain))
+    made = {str(node.target) for node in traced.nodes if node.op == "get_attr" and str(node.target).startswith("_tensor_constant")}
+    graph = _interpreted(traced, model, names, corrections, frozenset(plain))
+    return replace(graph, constants={name: getattr(model, name) for name in sorted(made)})
 
 
 def _interpreted(

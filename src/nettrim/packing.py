@@ -232,7 +232,7 @@ def unpack(stored: Mapping[str, Tensor], header: str) -> dict[str, Tensor]:
     Raises:
         InvalidInput: the header is damaged or of a later version, or a tensor is missing, or its bytes are not what the header says;
             the message names it. What is allocated is what the stated shape takes, at most 1024 times what is stored, and while a tensor
-            is decoded a few bytes more for each of its entries.
+            is decoded up to some 20 bytes more for each of its entries.
     """
     _check_byte_order()
     prefix, entries = read_header(header)

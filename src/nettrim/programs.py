@@ -7,8 +7,10 @@ it is: it runs, but nothing is seen of it. The state dict has the names that the
 
 from __future__ import annotations
 
+import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +37,8 @@ def model_from_program(path: Path) -> nn.Module:
     if not path.is_file():
         raise InvalidInput(f"model {path}: there is no such file")
     try:
-        program = torch.export.load(path)
+        with _quiet():
+            program = torch.export.load(path)
     except Exception as error:  # torch raises many kinds, for damaged files and for other versions
         raise InvalidInput(f"model {path}: it cannot be read as a torch.export program ({_first(error)})") from error
     model = _Rebuilt(program, str(path)).model()
@@ -247,6 +250,18 @@ def _check(model: nn.Module, program: ExportedProgram, origin: str) -> None:
             raise InvalidInput(
                 f"model {origin}: taken apart into layers, the program computes something else; give the model as package.module:factory"
             )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the traceback that torch logs beside the error which it raises."""
+    logger = logging.getLogger("torch.export")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _first(error: BaseException) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import forward
+from ..calibration import forward, inputs_of
 from ..capture import Replica, device_of, random_state_kept, replicate
 from ..status import InvalidInput, NetTrimError
 from . import semi_structured, sparse_candidates
-from .compact import _allowed, _difference, check, outputs
+from .compact import allowed_difference, check, outputs, relative_difference
 from .sparse_module import SparseModule
 from .sparse_timing import interleaved, typical
 
@@ -82,7 +82,8 @@ def accelerate(model: nn.Module, example: Any, *, device: torch.device | str | N
         budget: seconds of measuring for each candidate.
 
     Raises:
-        InvalidInput: the model cannot be copied or run on the example, holds NaN or inf, or the device has no such kernels.
+        InvalidInput: the model cannot be copied or run on the example, holds NaN or inf, changes its buffers in a pass, or the device has
+            no such kernels.
         NetTrimError: the outputs differ by more than 1e-5 of the largest.
     """
     if not (isinstance(budget, (int, float)) and budget > 0):
@@ -92,18 +93,21 @@ def accelerate(model: nn.Module, example: Any, *, device: torch.device | str | N
         raise InvalidInput(
             "accelerate: the model is accelerated already; accelerate the model that it was made from, for another batch size say"
         )
-    place = device_of(model, device)
+    place, given = device_of(model, device), example
     if place.type not in ("cpu", "cuda"):
         raise InvalidInput(f"accelerate: {place} is a device without the kernel; use device='cpu', or 'cuda' for 2:4 zeros")
     with random_state_kept(place):
         twin = replicate(model, place, None)
         twin.model.requires_grad_(False)
-        reference = {key: y.clone() for key, y in outputs(twin, example, "accelerate").items()}
+        buffers = {name: buffer.clone() for name, buffer in twin.model.named_buffers()}
+        reference = {key: y.clone() for key, y in outputs(twin, _own(example), "accelerate").items()}
+        _refuse_memory(twin.model, buffers)
+        example = _own(example)  # for a model that works in place on its input
 
         def differs(module: nn.Module) -> float:
-            return _difference(reference, outputs(Replica(module, place, None), example, "accelerate"))
+            return relative_difference(reference, outputs(Replica(module, place, None), _own(given), "accelerate"))
 
-        allowed = _allowed(twin.model)
+        allowed = allowed_difference(twin.model)
         if place.type == "cuda":
             found = semi_structured.search(twin, example, budget)
         else:
@@ -120,6 +124,24 @@ def accelerate(model: nn.Module, example: Any, *, device: torch.device | str | N
         )
     choices = tuple(_choice(name, layer, made, kept, found) for name, layer in sparse_candidates.layers_of(twin.model).items())
     return Accelerated(made.module, choices, difference, seconds, kept, torch.get_num_threads(), tuple(found.notes))
+
+
+def _own(example: Any) -> Any:
+    """A copy of the inputs of a batch."""
+    inputs = inputs_of(example)
+    if isinstance(inputs, Mapping):
+        return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return inputs.detach().clone()
+
+
+def _refuse_memory(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Refuses a model whose passes change its buffers, as they were before the first. Raises InvalidInput."""
+    for name, buffer in model.named_buffers():
+        if name not in before or not torch.equal(before[name], buffer):
+            raise InvalidInput(
+                f"accelerate: a pass in eval mode changes the buffer {name!r}, which an accelerated copy would lose; take it out of "
+                "forward, or accelerate the part of the model without it"
+            )
 
 
 def _whole(found: sparse_candidates.Found, example: Any, place: torch.device, budget: float) -> dict[str, float]:

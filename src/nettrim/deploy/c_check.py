@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..status import NetTrimError
+from ..status import InvalidInput, NetTrimError
 
 STRICT = ("-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic")
 
@@ -34,9 +34,15 @@ int main(void)
 
 
 def compiler() -> list[str] | None:
-    """The C compiler's command: ``$CC``, cc, gcc or clang; None where there is none."""
-    named = shlex.split(os.environ.get("CC", ""))
-    if named and shutil.which(named[0]):
+    """The C compiler's command: ``$CC``, else cc, gcc or clang; None where there is none. Raises InvalidInput for a wrong ``$CC``."""
+    stated = os.environ.get("CC", "")
+    try:
+        named = shlex.split(stated)
+    except ValueError:  # a quotation mark without its other
+        named = [stated]
+    if named:
+        if not shutil.which(named[0]):
+            raise InvalidInput(f"export: CC={stated!r} must name a C compiler, and there is no such command; set it right, or unset it")
         return named
     found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     return None if found is None else [found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -102,7 +103,7 @@ def compact(model: nn.Module, example: Any, *, device: torch.device | str | None
         passes = 0
         while _shrink(twin, example, notes):
             passes += 1
-        difference = _difference(reference, outputs(twin, example, "compact"))
+        difference = relative_difference(reference, outputs(twin, example, "compact"))
     _refuse_changed(twin.model, difference)
     after = _sizes(twin.model)
     home = next((parameter.device for parameter in model.parameters()), place)
@@ -143,7 +144,7 @@ def channel_flow(twin: Replica, example: Any, what: str) -> Flow:
 
     def agrees(module: nn.Module) -> bool:
         traced = Replica(module, twin.device, twin.dtype)
-        return _difference(outputs(twin, example, what), outputs(traced, example, what)) <= _allowed(twin.model)
+        return relative_difference(outputs(twin, example, what), outputs(traced, example, what)) <= allowed_difference(twin.model)
 
     graph = read(twin.model, (), given=given, agrees=agrees)
     if graph.traced is None:
@@ -233,26 +234,30 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _difference(reference: Mapping[Any, Tensor], found: Mapping[Any, Tensor]) -> float:
-    """The largest difference of two outputs, relative to the largest entry of the first."""
+def relative_difference(reference: Mapping[Any, Tensor], found: Mapping[Any, Tensor]) -> float:
+    """The largest difference of two outputs, relative to the largest finite entry of the first; inf where only one is NaN or inf."""
     if reference.keys() != found.keys() or any(Y.shape != found[key].shape for key, Y in reference.items()):
         return float("inf")
     worst = 0.0
     for key, Y in reference.items():
         if Y.numel():
-            moved, size = (found[key].double() - Y.double()).abs().max(), Y.double().abs().max()
+            wanted, given = Y.double(), found[key].double()
+            same = (wanted == given) | (wanted.isnan() & given.isnan())
+            moved = torch.where(same, 0.0, (given - wanted).abs()).nan_to_num(nan=math.inf, posinf=math.inf).max()
+            size = torch.where(wanted.isfinite(), wanted.abs(), 0.0).max()
             worst = max(worst, float(moved / size) if size else float(moved))
     return worst
 
 
-def _allowed(model: nn.Module) -> float:
+def allowed_difference(model: nn.Module) -> float:
+    """By how much the outputs of a copy may differ, relative to the largest: as much as the model's dtype makes plausible."""
     coarse = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
     return max(EXACT, 50 * coarse if coarse > 1e-6 else 0.0)
 
 
 def _refuse_changed(model: nn.Module, difference: float) -> None:
-    if not difference <= _allowed(model):
+    if not difference <= allowed_difference(model):
         raise NetTrimError(
-            f"compact: the smaller network's output differs by {difference:.2g} of the largest output, more than {_allowed(model):.0e}: "
-            "nothing is returned; please report the model's structure"
+            f"compact: the smaller network's output differs by {difference:.2g} of the largest output, more than "
+            f"{allowed_difference(model):.0e}: nothing is returned; please report the model's structure"
         )

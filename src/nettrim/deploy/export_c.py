@@ -21,8 +21,32 @@ TOLERANCE = 1e-5
 """By how much the C function's outputs may differ, relative to the largest."""
 
 TAKEN = frozenset(
-    "assert complex ctype errno fenv float inttypes iso646 limits locale math setjmp signal stdarg stdbool stddef stdint stdio stdlib "
-    "string tgmath time wchar wctype".split()
+    (
+        "assert",
+        "complex",
+        "ctype",
+        "errno",
+        "fenv",
+        "float",
+        "inttypes",
+        "iso646",
+        "limits",
+        "locale",
+        "math",
+        "setjmp",
+        "signal",
+        "stdarg",
+        "stdbool",
+        "stddef",
+        "stdint",
+        "stdio",
+        "stdlib",
+        "string",
+        "tgmath",
+        "time",
+        "wchar",
+        "wctype",
+    )
 )
 """Headers of C itself, which a network's own must not hide."""
 
@@ -44,6 +68,7 @@ def export_c(model: object, example: Any, path: str | Path) -> Exported:
     """Writes ``path`` and the header beside it; the function is ``<stem>_run``; see :func:`nettrim.export`."""
     place = check_output(path, ".c")
     name = check_name(place)
+    compiler = c_check.compiler()
     twin, inputs = start(model, example)
     kinds = {parameter.dtype for parameter in twin.model.parameters() if parameter.is_floating_point()}
     notes = [f"the model's {kind} became float32" for kind in sorted(map(str, kinds)) if kind != "torch.float32"]
@@ -56,7 +81,7 @@ def export_c(model: object, example: Any, path: str | Path) -> Exported:
     with staged(place, [header.name, place.name]) as folder:
         (folder / header.name).write_text(made.header, encoding="ascii")
         (folder / place.name).write_text(made.source, encoding="ascii")
-        if c_check.compiler() is None:
+        if compiler is None:
             notes.append("no C compiler was found (cc, gcc or clang): the file was not run, and its code not measured")
         else:
             wanted = ran(twin, inputs)[0]

@@ -6,6 +6,7 @@ torch's team is used because a second one would fight with it for the cores. Bot
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from ..status import InvalidInput
+
 _Team = Callable[[int, int, int, int], None]
 _lock = threading.Lock()
 
@@ -21,20 +24,44 @@ _lock = threading.Lock()
 def run(function: int, argument: int, threads: int) -> None:
     """Calls the function at an address, ``void(int64)``, on up to ``threads`` threads, each with the same argument; returns when all have.
 
-    The interpreter's lock is not held meanwhile.
+    The interpreter's lock is not held meanwhile. Raises InvalidInput in a process that was forked after the team had been used.
     """
     if threads <= 1:
         _callable(function)(argument)
         return
+    global _used
     team = _openmp()
     if team is not None:
+        if _lost:
+            raise InvalidInput(
+                f"this process was forked after its parent had run an accelerated model on several threads, and {threads} threads were asked "
+                "for: PyTorch's threads are not inherited, and would be waited for without end; call torch.set_num_threads(1) in forked "
+                "processes, or start them with the method 'spawn'"
+            )
+        _used = True
         team(function, argument, threads, 0)
         return
     call = _callable(function)
-    others: list[Future[None]] = [_pool(threads - 1).submit(call, argument) for _ in range(threads - 1)]
-    call(argument)
+    others: list[Future[None]] = []
+    try:
+        for _ in range(threads - 1):
+            others.append(_pool(threads - 1).submit(call, argument))
+        call(argument)
+    finally:
+        _settle(others)
+
+
+def _settle(others: list[Future[None]]) -> None:
+    """Waits for helpers that run, Ctrl-C or not: one that went on later would meet memory that is in use again."""
+    interrupted: KeyboardInterrupt | None = None
     for other in others:
-        other.result()
+        while not other.cancel() and not other.done():
+            try:
+                other.exception()
+            except KeyboardInterrupt as error:
+                interrupted = error
+    if interrupted is not None:
+        raise interrupted
 
 
 @cache
@@ -58,6 +85,18 @@ def _openmp() -> _Team | None:
 
 
 _pools: dict[int, ThreadPoolExecutor] = {}
+_used = _lost = False  # the team: whether it ran, and whether it ran before this process was forked
+
+
+def _begin_anew() -> None:
+    """In a forked process, which inherits no threads."""
+    global _lock, _lost
+    _lost, _lock = _used, threading.Lock()
+    _pools.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:

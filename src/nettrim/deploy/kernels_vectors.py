@@ -261,6 +261,7 @@ def _windower(lanes: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             out, x, height, width, row, column, mean = args
             vector, zero = ir.VectorType(_FLOAT, lanes), ir.Constant(_INT64, 0)
+            nothing = ir.Constant(vector, [0.0] * lanes)
 
             def along_row(i: Any, state: list[Any]) -> list[Any]:
                 begin = builder.add(x, builder.mul(i, row))
@@ -269,9 +270,11 @@ def _windower(lanes: int) -> Any:
                     read = _load(builder, builder.add(begin, builder.mul(j, column)), vector)
                     return [_larger(builder, state[0], read), builder.fadd(state[1], read)]
 
-                return _phi_loop(builder, zero, width, 1, state, meet)[1]
+                # a sum of each row by itself: one over a whole large image would lose digits
+                largest, total = _phi_loop(builder, zero, width, 1, [state[0], nothing], meet)[1]
+                return [largest, builder.fadd(state[1], total)]
 
-            start = [ir.Constant(vector, [float("-inf")] * lanes), ir.Constant(vector, [0.0] * lanes)]
+            start = [ir.Constant(vector, [float("-inf")] * lanes), nothing]
             _, (largest, total) = _phi_loop(builder, zero, height, 1, start, along_row)
             count = _splat(builder, builder.sitofp(builder.mul(height, width), _FLOAT), lanes)
             chosen = builder.select(builder.icmp_signed("!=", mean, zero), builder.fdiv(total, count), largest)

@@ -68,6 +68,8 @@ def able(module: nn.Module, convolutions: bool = True) -> str:
         return f"{type(module).__name__} has no sparse kernel"
     if hooked(module):
         return "its hooks would be lost"
+    if "forward" in vars(module):
+        return "its forward is not that of its class"
     assert isinstance(module, (nn.Linear, nn.Conv2d))
     if module.weight.dtype != torch.float32:
         return f"its weights are {module.weight.dtype}, the kernels take float32"
@@ -86,6 +88,8 @@ def rebuilt(
     ``make`` builds a region's module; without ``images`` regions hold no convolutions and pooling.
     """
     modules = dict(model.named_modules())
+    varying = _varying(graph)
+    shapes = {node: shape for node, shape in shapes.items() if node in varying}  # what is the same for any batch has not its leading sizes
     refused: set[Node] = set()
     while True:
         try:
@@ -100,6 +104,8 @@ def rebuilt(
     for number, low in enumerate(lowered):
         module = make(low.steps, low.weights, [len(shapes[node]) == 4 for node in low.inputs], [low.ids[node] for node in low.outputs])
         name = f"accelerated{number}"
+        while hasattr(whole, name):
+            name += "_"
         whole.add_module(name, module)
         placed.append(Placed(name, module, tuple(low.inputs), tuple(tuple(nodes) for nodes in low.members)))
     new = fx.Graph()
@@ -138,7 +144,7 @@ def _segments(
                 found.append([])
             found[-1].append(node)
     kept = []
-    for segment in found:
+    for segment in (part for whole in found for part in _parts(whole)):
         kinds = [_kind(node, modules, shapes, layers, images) for node in segment]
         while kinds and kinds[0] not in ("layer", "flatten"):
             segment, kinds = segment[1:], kinds[1:]
@@ -147,6 +153,27 @@ def _segments(
         if "layer" in kinds:
             kept.append(segment)
     return kept
+
+
+def _parts(segment: list[Node]) -> list[list[Node]]:
+    """Those that share no tensor apart, so that regions ask only inputs that meet for equal leading sizes."""
+    parts: list[tuple[set[Node], list[Node]]] = []
+    for node in segment:
+        tensors = {node, *(source for source in node.all_input_nodes if not reads_shape(source))}
+        met = [part for part in parts if part[0] & tensors]
+        parts = [part for part in parts if not part[0] & tensors]
+        parts.append((tensors.union(*(part[0] for part in met)), [*(other for part in met for other in part[1]), node]))
+    order = {node: number for number, node in enumerate(segment)}
+    return [sorted(nodes, key=lambda node: order[node]) for _, nodes in parts]
+
+
+def _varying(graph: fx.Graph) -> set[Node]:
+    """The nodes whose values come from the inputs, not only their sizes."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or (not reads_shape(node) and any(source in found for source in node.all_input_nodes)):
+            found.add(node)
+    return found
 
 
 def _kind(node: Node, modules: Mapping[str, nn.Module], shapes: Shapes, layers: Collection[str], images: bool) -> str:
@@ -158,12 +185,14 @@ def _kind(node: Node, modules: Mapping[str, nn.Module], shapes: Shapes, layers: 
     if not shape or not before or (len(before) == 4 and not images and not _flattens(node, modules)):
         return ""
     module = modules[str(node.target)] if node.op == "call_module" else None
+    if module is not None and "forward" in vars(module):  # of its own, not that of its class
+        return ""
     if module is not None and str(node.target) in layers:
         fits = len(before) == 4 if isinstance(module, nn.Conv2d) else len(before) != 4
         return "layer" if fits and not able(module) and len(node.args) == 1 and not node.kwargs else ""
     if _flattens(node, modules) and len(before) == 4 and shape == (before[0], math.prod(before[1:])):
         return "flatten" if images else ""
-    if _overwrites(node, module) and len(sources[0].users) > 1:
+    if _overwrites(node, module) and not _private(sources[0], modules, shapes, layers, images):
         return ""
     if len(shape) == len(before) == 4 and norm_of(node, modules) is not None:
         return "norm"
@@ -177,6 +206,16 @@ def _kind(node: Node, modules: Mapping[str, nn.Module], shapes: Shapes, layers: 
     if _bounds(node, modules) is not None:
         return "clamp"
     return "pool" if len(before) == 4 and _pooling(node, modules) is not None else ""
+
+
+def _private(node: Node, modules: Mapping[str, nn.Module], shapes: Shapes, layers: Collection[str], images: bool) -> bool:
+    """True where a change of a node's value is seen by its one reader only: no other holds the same memory."""
+    while sum(not reads_shape(user) for user in node.users) == 1:
+        kind = _kind(node, modules, shapes, layers, images)
+        if kind not in ("same", "flatten"):
+            return bool(kind)
+        node = node.all_input_nodes[0]
+    return False
 
 
 def _overwrites(node: Node, module: nn.Module | None) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from ..calibration import inputs_of, output_tensors
 from ..capture import Replica
 from ..graph import read
+from ..nodes import hooked
 from .regions import Placed, Shapes, able, rebuilt, recorded, shapes_of
 from .sparse_chain import SparseChain, csr
 from .sparse_module import SparseModule
@@ -58,6 +59,12 @@ def search(twin: Replica, example: Any, budget: float, native: bool, agrees: Cal
             found.unable[name] = reason
     if not native:
         found.notes.append('numba is not installed: convolutions stay dense (pip install "nettrim[fast]")')
+    watched = [name for name, module in twin.model.named_modules() if hooked(module) and _opened(module, name)]
+    if watched:  # a hook would meet the tracer's stand-ins, and not be called any more
+        words = ", ".join(f"of {name}" if name else "of the model itself" for name in watched)
+        found.notes.append(f"the hooks {words} would be lost in a traced graph: layers are accelerated one at a time")
+        _one_by_one(twin, example, budget, native, found)
+        return found
     inputs = inputs_of(example)
     given = list(inputs) if isinstance(inputs, Mapping) else None
     graph = read(twin.model, (), given=given, agrees=agrees)
@@ -68,6 +75,11 @@ def search(twin: Replica, example: Any, budget: float, native: bool, agrees: Cal
     else:
         _Regions(twin, graph.traced, inputs, budget, native, found).search()
     return found
+
+
+def _opened(module: nn.Module, name: str) -> bool:
+    """True for a module that tracing goes into; the model itself always is."""
+    return not name or not fx.Tracer().is_leaf_module(module, name)
 
 
 class _Regions:

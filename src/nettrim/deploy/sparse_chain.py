@@ -21,7 +21,7 @@ def csr(weights: SparseWeights) -> Tensor:
     """The (outputs, inputs) matrix of a Linear layer."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch calls CSR tensors beta once a process
-        return torch.sparse_csr_tensor(weights.rows, weights.columns, weights.values, size=weights.shape)
+        return torch.sparse_csr_tensor(weights.rows, weights.columns, weights.values, size=weights.shape, device="cpu")
 
 
 class SparseChain(SparseModule):
@@ -60,7 +60,7 @@ class SparseChain(SparseModule):
         """Matrix and bias (outputs, 1) by layer; made on first use from the buffers, whose memory the matrices share."""
         found = self._matrices
         if not found:
-            self.refuse_moved()
+            self.refuse_broken()
             with torch.inference_mode(False):
                 found = {name: (csr(weights), weights.bias[:, None]) for name, weights in self.weights.items()}
             self._matrices = found

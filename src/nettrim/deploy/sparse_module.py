@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ class SparseModule(nn.Module):
         found = {}
         for number, (name, (shape, groups)) in enumerate(self.shapes.items()):
             values, columns, rows, bias = (
-                getattr(self, f"layer{number}_{part}").detach() for part in ("values", "columns", "rows", "bias")
+                getattr(self, f"layer{number}_{part}").detach().contiguous() for part in ("values", "columns", "rows", "bias")
             )
             found[name] = SparseWeights(values, columns, rows, bias, shape, groups)
         return found
@@ -50,10 +51,10 @@ class SparseModule(nn.Module):
         """Refuses what would not compute what the model does in eval mode. Raises InvalidInput."""
         if self.training:
             raise InvalidInput("an accelerated model runs in eval mode only: call .eval(), or train the model that it was made from")
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, *self._parameters.values())):
             raise InvalidInput(
-                "an accelerated model has no gradients: run it under torch.no_grad() or torch.inference_mode(), or take gradients of the "
-                "model that it was made from"
+                "an accelerated model has no gradients: run it under torch.no_grad() or torch.inference_mode(), leave it frozen, or take "
+                "gradients of the model that it was made from"
             )
         for tensor in tensors:
             if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
@@ -62,13 +63,23 @@ class SparseModule(nn.Module):
                     "use the model that it was made from"
                 )
 
-    def refuse_moved(self) -> None:
-        """Refuses weights that were moved or converted. Raises InvalidInput."""
-        for tensor in (*self.parameters(), *self.buffers()):
-            if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.int32):
+    def refuse_broken(self) -> None:
+        """Refuses weights that were moved or converted, and places outside the layer: native code reads there. Raises InvalidInput."""
+        for tensor, dtype in (*((x, torch.float32) for x in self.parameters()), *((x, torch.int32) for x in self.buffers())):
+            if tensor.device.type != "cpu" or tensor.dtype != dtype:
                 raise InvalidInput(
                     f"an accelerated model stays float32 on the CPU, found weights of {tensor.dtype} on {tensor.device}; convert or move "
                     "the model first, then accelerate it"
+                )
+
+        for name, found in self.weights.items():
+            rows, columns = found.rows.long(), found.columns
+            ordered = len(rows) == found.shape[0] + 1 and int(rows[0]) == 0 and int(rows[-1]) == len(columns) == len(found.values)
+            inside = not len(columns) or (int(columns.min()) >= 0 and int(columns.max()) < math.prod(found.shape[1:]))
+            if not (ordered and inside and bool((rows.diff() >= 0).all()) and len(found.bias) == found.shape[0]):
+                raise InvalidInput(
+                    f"an accelerated model's layer {name} holds rows and columns that are not those of {found.shape} weights; load a "
+                    "state_dict of this very model, all of it"
                 )
 
     def _forget(self) -> None:

@@ -51,6 +51,10 @@ class SparseRegion(SparseModule):
     def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The region's outputs."""
         self.refuse(tensors)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise InvalidInput(
+                "an accelerated model cannot be traced, as its numbers come from native code; trace the one it was made from"
+            )
         for tensor, image in zip(tensors, self.images, strict=True):
             if image and tensor.ndim != 4:
                 raise InvalidInput(
@@ -104,7 +108,7 @@ class SparseRegion(SparseModule):
                 from . import sparse_layout
             except ImportError as error:
                 raise MissingExtra('accelerated convolutions need numba: pip install "nettrim[fast]"') from error
-            self.refuse_moved()
+            self.refuse_broken()
             made = sparse_layout.plan(self.steps, self.weights, dict(enumerate(sizes)), self.outputs, number)
             with self._lock:
                 found = self._plans.setdefault(key, _Plans(self, made))
@@ -138,7 +142,7 @@ class _Plans:
 
     def __init__(self, region: SparseRegion, plan: Plan) -> None:
         self.steps, self.plan, self.work = region.steps, plan, plan.work
-        self.weights = {name: (found.values, found.rows, found.bias) for name, found in region.weights.items()}
+        self.weights = {name: (found.values, found.rows.clone(), found.bias) for name, found in region.weights.items()}
         self.idle: list[Workspace] = []
 
     def new(self) -> Workspace:
@@ -163,7 +167,7 @@ class Workspace:
 
         self.plan, self.steps = plan, steps
         with torch.inference_mode(False):
-            memory = torch.zeros(plan.size + 64, dtype=torch.float32)
+            memory = torch.zeros(plan.size + 64, dtype=torch.float32, device="cpu")
             self.arena = memory[(-memory.data_ptr() // 4) % 16 :]  # channels then begin at cache lines
             self.views = {tensor: self._view(field, plan.offsets[tensor]) for tensor, field in plan.fields.items()}
         self.function = int(kernels.work.address)
@@ -203,7 +207,9 @@ class Workspace:
 
     def run(self, tensors: Sequence[Tensor], threads: int) -> None:
         """Imports the inputs and runs all steps; the outputs then lie in ``views``."""
-        kept = [tensor.contiguous() for tensor in tensors]  # alive while their addresses are in use
+        kept = [tensor.resolve_neg().contiguous() for tensor in tensors]  # alive while their addresses are in use
+        if not all(tensor.data_ptr() for tensor in kept):  # PyTorch's own zeros without memory
+            kept = [tensor.clone() for tensor in kept]
         self.inputs[:] = [tensor.data_ptr() for tensor in kept]
         run = kernels_team.run
         for stage in self.stages:

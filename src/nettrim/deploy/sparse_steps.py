@@ -106,7 +106,7 @@ class SparseWeights:
 def sparse_weights(layer: Layer, norm: nn.Module | None = None) -> SparseWeights:
     """The nonzeros of a float32 layer, with a batch-norm behind it folded in (in float64, rounded once)."""
     W = layer.weight.detach().cpu().double()
-    b = torch.zeros(len(W), dtype=torch.float64) if layer.bias is None else layer.bias.detach().cpu().double()
+    b = torch.zeros(len(W), dtype=torch.float64, device="cpu") if layer.bias is None else layer.bias.detach().cpu().double()
     if norm is not None:
         assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
         scale = norm_scale(norm).cpu()
@@ -116,7 +116,7 @@ def sparse_weights(layer: Layer, norm: nn.Module | None = None) -> SparseWeights
     flat = W.reshape(len(W), -1)
     outputs, columns = torch.nonzero(flat, as_tuple=True)
     counts = torch.bincount(outputs, minlength=len(W))
-    rows = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
+    rows = torch.cat((torch.zeros(1, dtype=torch.int64, device="cpu"), counts.cumsum(0)))
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     values = flat[outputs, columns].float().contiguous()
     return SparseWeights(values, columns.int(), rows.int(), b.float(), tuple(W.shape), groups)

@@ -40,7 +40,16 @@ class Schedule:
 
 CAREFUL = Schedule(0.03, ((0.1, 1.13), (0.005, 1.085), (0.0, 1.045)))  # one budget
 BRISK = Schedule(0.03, ((0.1, 1.15), (0.005, 1.10), (0.0, 1.05)))  # searches, which solve many budgets
-RELAXATION = 1.5  # of the weight step: the same distance in fewer iterations; more of it settles late at low sparsity
+RELAXATION = 1.5  # of the weight step, at most: the same distance in fewer iterations; more of it settles late at low sparsity
+STABLE = 1.9  # relaxation times curvature, at most: at 2, errors in the direction that a part sees too large turn over without falling
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Into how many parts the rows are split, and the over-relaxation that their curvature allows."""
+
+    count: int = 1
+    relaxation: float = RELAXATION
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ def within_budget(
     polish_rounds: int = 6,
     schedule: Schedule | None = None,
     pattern: Pattern = UNSTRUCTURED,
-    parts: int | None = None,
+    parts: Parts | None = None,
     watch: Watch | None = None,
 ) -> L0Result:
     """``min dist(A W + e b^T, [lo, hi])  subject to  ||W||_0 <= k, W in the pattern`` (design section 3).
@@ -77,10 +86,10 @@ def within_budget(
     """
     p = program
     k = min(k, pattern.capacity(p.live, p.U0.shape[1]))
-    loop = GramADMM(p, p.U0, relaxation=RELAXATION)
+    parts = parts or row_parts(p)
+    loop = GramADMM(p, p.U0, relaxation=parts.relaxation)
     fixed = bool(torch.equal(p.lo, p.hi))
     schedule = schedule or (BRISK if fixed else CAREFUL)
-    parts = parts or row_parts(p)
     mask = pattern.mask(p.U0, k, p.live)
     loop.D = p.U0 * mask
     beta, iteration, settled = schedule.start, 0, False
@@ -93,7 +102,7 @@ def within_budget(
     previous, least, stale = mask, 1.0, 0
     while iteration < max_iterations and not settled:
         if iteration == 0 or not fixed:
-            reached = loop.refresh(iteration % parts, parts)
+            reached = loop.refresh(iteration % parts.count, parts.count)
         iteration += 1
         loop.majorised_step(keep, beta, ridge)
         if iteration % CHECK_EVERY == 0:
@@ -102,7 +111,7 @@ def within_budget(
             factor = next(growth for share, growth in schedule.growth if changed > share or share == 0.0)
             stale = 0 if changed < FALLS * least else stale + 1
             least = min(least, changed)
-            settled = changed == 0.0 or (parts > 1 and stale >= PATIENCE and least < NEARLY_STILL)
+            settled = changed == 0.0 or (parts.count > 1 and stale >= PATIENCE and least < NEARLY_STILL)
             beta *= factor
             loop.V /= factor  # the multiplier itself stays
             if watch is not None:
@@ -119,7 +128,7 @@ def path(program: StandardProgram, budgets: Sequence[int], *, ridge: float = 0.0
     """
     p = program
     loop = GramADMM(p, p.U0, relaxation=1.0)  # steps that end early had better not overshoot
-    parts = row_parts(p)
+    parts = row_parts(p).count
     found, iteration = [], 0
     for k in budgets:
         loop.V.zero_()
@@ -143,20 +152,21 @@ def path(program: StandardProgram, budgets: Sequence[int], *, ridge: float = 0.0
     return found
 
 
-def row_parts(program: StandardProgram) -> int:
+def row_parts(program: StandardProgram) -> Parts:
     """Into how many parts the rows are split, of which each iteration looks at one: 1 where their order is not random, or all boxes are
-    points, whose target never moves.
+    points, whose target never moves; and the over-relaxation of the steps.
 
-    A part's curvature relative to the Gram matrix must stay below 2, beyond which a step overshoots: an input that is active in few rows
-    has all of its curvature in one part.
+    A part's curvature relative to the Gram matrix, times the relaxation, must stay below 2, beyond which a step overshoots: an input that
+    is active in few rows has all of its curvature in one part.
     """
     P, N = program.A.shape
     if not program.shuffled or not N or torch.equal(program.lo, program.hi):
-        return 1
-    parts = max(1, min(MOST_PARTS, P // max(LEAST_ROWS, ROWS_PER_INPUT * N)))
-    while parts > 1 and curvature(program, parts) > MOST_CURVATURE:
-        parts //= 2
-    return parts
+        return Parts()
+    count = max(1, min(MOST_PARTS, P // max(LEAST_ROWS, ROWS_PER_INPUT * N)))
+    size = 1.0
+    while count > 1 and (size := curvature(program, count)) > MOST_CURVATURE:
+        count //= 2
+    return Parts(count, min(RELAXATION, max(1.0, STABLE / size)) if count > 1 else RELAXATION)
 
 
 def curvature(program: StandardProgram, parts: int, damping: float = 0.03, steps: int = 15) -> float:
