@@ -58,7 +58,7 @@ def curvatures(layer: LayerProgram, name: str, sparsity: float = 0.9) -> list[di
     p = standardise(layer, power=1.0, ridge=NetTrim.ridge, shuffled=True)
     found: list[dict[str, Any]] = []
     for parts in PARTS:
-        settings = Loop(most_parts=parts, rows_per_input=0, curvature=math.inf, still=CALM)
+        settings = Loop(most_parts=parts, rows_per_input=0, curvature=math.inf, relaxation=1.0, still=CALM)
         loop = iterate(p, round((1 - sparsity) * layer.weights.numel()), settings)
         W, b, _ = finish(p, loop, Polish())
         one = {

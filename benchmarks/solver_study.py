@@ -66,7 +66,8 @@ class Loop:
     most_parts: int = l0.MOST_PARTS
     rows_per_input: int = l0.ROWS_PER_INPUT
     curvature: float = l0.MOST_CURVATURE  # of a part, at most
-    relaxation: float = l0.RELAXATION
+    relaxation: float = l0.RELAXATION  # at most; and relaxation times curvature:
+    stable: float = l0.STABLE
     every: int = 1
     still: float = STILL
     weight_ridge: float = 0.01
@@ -102,6 +103,7 @@ def variants() -> list[Variant]:
     schedules["careful from 0.1"] = replace(CAREFUL, start=0.1)
     found += [Variant("schedule", name, Loop(schedule=one)) for name, one in schedules.items()]
     found += [Variant("relaxation", f"{a:g}", Loop(relaxation=a)) for a in (1.0, 1.25, 1.8)]
+    found += [Variant("relaxation times curvature, at most", f"{a:g}", Loop(stable=a)) for a in (1.0, 2.4, 10.0)]
     found += [Variant("slow without relaxation", "", Loop(schedule=SLOW, relaxation=1.0, rows_per_input=3), Polish(gain=1e-3))]
     found += [Variant("parts of the rows, at most", str(n), Loop(most_parts=n)) for n in (1, 2, 4, 16)]
     found += [Variant("rows of a part, for each input", str(n), Loop(rows_per_input=n)) for n in (1, 3, 5)]
@@ -187,9 +189,12 @@ def iterate(p: StandardProgram, k: int, settings: Loop) -> Found:
     start = time.process_time()
     P, N = p.A.shape
     parts = max(1, min(settings.most_parts, P // max(l0.LEAST_ROWS, settings.rows_per_input * N)))
-    while parts > 1 and settings.curvature < math.inf and l0.curvature(p, parts) > settings.curvature:
+    size = 1.0
+    while parts > 1 and settings.curvature < math.inf and (size := l0.curvature(p, parts)) > settings.curvature:
         parts //= 2
-    loop = GramADMM(p, p.U0, relaxation=settings.relaxation)
+    relaxation = settings.relaxation if parts == 1 else min(settings.relaxation, max(1.0, settings.stable / size))
+    pace = relaxation / l0.RELAXATION
+    loop = GramADMM(p, p.U0, relaxation=relaxation)
     mask = UNSTRUCTURED.mask(p.U0, k, p.live)
     loop.D = p.U0 * mask
     beta, iteration, settled = settings.schedule.start, 0, False
@@ -209,7 +214,7 @@ def iterate(p: StandardProgram, k: int, settings: Loop) -> Found:
             continue
         changed = int((mask & ~previous).sum()) / max(k, 1)
         previous = mask
-        factor = next(growth for share, growth in settings.schedule.growth if changed > share or share == 0.0)
+        factor = next(growth for share, growth in settings.schedule.growth if changed > share or share == 0.0) ** pace
         stale = 0 if changed < l0.FALLS * least else stale + 1
         least = min(least, changed)
         settled = changed == 0.0 or (parts > 1 and stale >= l0.PATIENCE and least < settings.still)

@@ -191,7 +191,7 @@ def test_nan_is_not_hidden_by_bounds_pooling_and_borders() -> None:
 def test_tensors_of_any_kind_of_memory() -> None:
     model = sparse(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)), share=0.3)
     x = draw(4, 3, 9, 10)
-    made, _ = accelerated(model, x)
+    made, _ = accelerated(model, x, chunk=3)
     wide = draw(4, 3, 9, 1).expand(4, 3, 9, 10)
     for view in (
         x.to(memory_format=torch.channels_last),
@@ -207,7 +207,7 @@ def test_tensors_of_any_kind_of_memory() -> None:
 
 
 def test_means_of_large_images_keep_their_digits() -> None:
-    """Four million equal numbers, of which one sum after the other would round the same way: 0.002 off."""
+    """Four million equal numbers, whose running sum in float32 would be rounded the same way each time."""
     model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 1, bias=False))
     with torch.no_grad():
         for parameter in model.eval().parameters():
@@ -215,7 +215,7 @@ def test_means_of_large_images_keep_their_digits() -> None:
     made, _ = accelerated(model, torch.ones(1, 1, 8, 8))
     for images in (1, 2):
         found = made(torch.full((images, 1, 2048, 2048), 0.1))
-        assert float((found - 0.1).abs().max()) <= 3e-7
+        assert float((found - 0.1).abs().max()) <= 1e-8
 
 
 class InPlace(nn.Module):

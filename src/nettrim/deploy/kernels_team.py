@@ -34,8 +34,8 @@ def run(function: int, argument: int, threads: int) -> None:
     if team is not None:
         if _lost:
             raise InvalidInput(
-                f"this process was forked after its parent had run an accelerated model on several threads, and {threads} threads were asked "
-                "for: PyTorch's threads are not inherited, and would be waited for without end; call torch.set_num_threads(1) in forked "
+                f"this process was forked after its parent had run an accelerated model on several threads, and {threads} threads are "
+                "wanted: PyTorch's threads are not inherited, and would be waited for without end; call torch.set_num_threads(1) in forked "
                 "processes, or start them with the method 'spawn'"
             )
         _used = True

@@ -46,7 +46,7 @@ def _store(builder: Any, value: Any, address: Any) -> None:
 
 
 def _splat(builder: Any, scalar: Any, lanes: int) -> Any:
-    undefined = ir.Constant(ir.VectorType(_FLOAT, lanes), ir.Undefined)
+    undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
     first = builder.insert_element(undefined, scalar, ir.Constant(_INT32, 0))
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INT32, lanes), [0] * lanes))
 
@@ -261,24 +261,27 @@ def _windower(lanes: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             out, x, height, width, row, column, mean = args
             vector, zero = ir.VectorType(_FLOAT, lanes), ir.Constant(_INT64, 0)
-            nothing = ir.Constant(vector, [0.0] * lanes)
+            wide = ir.VectorType(ir.DoubleType(), lanes)  # a float32 sum over a large image would lose digits
 
-            def along_row(i: Any, state: list[Any]) -> list[Any]:
-                begin = builder.add(x, builder.mul(i, row))
+            def over(start: Any, meet: Callable[[Any, Any], Any]) -> Any:
+                def along_row(i: Any, state: list[Any]) -> list[Any]:
+                    begin = builder.add(x, builder.mul(i, row))
 
-                def meet(j: Any, state: list[Any]) -> list[Any]:
-                    read = _load(builder, builder.add(begin, builder.mul(j, column)), vector)
-                    return [_larger(builder, state[0], read), builder.fadd(state[1], read)]
+                    def along_column(j: Any, state: list[Any]) -> list[Any]:
+                        return [meet(state[0], _load(builder, builder.add(begin, builder.mul(j, column)), vector))]
 
-                # a sum of each row by itself: one over a whole large image would lose digits
-                largest, total = _phi_loop(builder, zero, width, 1, [state[0], nothing], meet)[1]
-                return [largest, builder.fadd(state[1], total)]
+                    return _phi_loop(builder, zero, width, 1, state, along_column)[1]
 
-            start = [ir.Constant(vector, [float("-inf")] * lanes), nothing]
-            _, (largest, total) = _phi_loop(builder, zero, height, 1, start, along_row)
-            count = _splat(builder, builder.sitofp(builder.mul(height, width), _FLOAT), lanes)
-            chosen = builder.select(builder.icmp_signed("!=", mean, zero), builder.fdiv(total, count), largest)
-            _store(builder, chosen, out)
+                return _phi_loop(builder, zero, height, 1, [start], along_row)[1][0]
+
+            with builder.if_else(builder.icmp_signed("!=", mean, zero)) as (averaged, otherwise):
+                with averaged:
+                    total = over(ir.Constant(wide, [0.0] * lanes), lambda old, read: builder.fadd(old, builder.fpext(read, wide)))
+                    count = _splat(builder, builder.sitofp(builder.mul(height, width), wide.element), lanes)
+                    _store(builder, builder.fptrunc(builder.fdiv(total, count), vector), out)
+                with otherwise:
+                    lowest = ir.Constant(vector, [float("-inf")] * lanes)
+                    _store(builder, over(lowest, lambda old, read: _larger(builder, old, read)), out)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), generate

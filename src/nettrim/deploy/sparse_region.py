@@ -207,9 +207,8 @@ class Workspace:
 
     def run(self, tensors: Sequence[Tensor], threads: int) -> None:
         """Imports the inputs and runs all steps; the outputs then lie in ``views``."""
-        kept = [tensor.resolve_neg().contiguous() for tensor in tensors]  # alive while their addresses are in use
-        if not all(tensor.data_ptr() for tensor in kept):  # PyTorch's own zeros without memory
-            kept = [tensor.clone() for tensor in kept]
+        # alive while their addresses are in use; some zeros of PyTorch's have no memory
+        kept = [tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg().contiguous() for tensor in tensors]
         self.inputs[:] = [tensor.data_ptr() for tensor in kept]
         run = kernels_team.run
         for stage in self.stages:

@@ -93,6 +93,7 @@ def within_budget(
     mask = pattern.mask(p.U0, k, p.live)
     loop.D = p.U0 * mask
     beta, iteration, settled = schedule.start, 0, False
+    pace = parts.relaxation / RELAXATION  # smaller steps, slower growth
 
     def keep(V: Tensor) -> Tensor:
         nonlocal mask
@@ -108,7 +109,7 @@ def within_budget(
         if iteration % CHECK_EVERY == 0:
             changed = int((mask & ~previous).sum()) / max(k, 1)
             previous = mask
-            factor = next(growth for share, growth in schedule.growth if changed > share or share == 0.0)
+            factor = next(growth for share, growth in schedule.growth if changed > share or share == 0.0) ** pace
             stale = 0 if changed < FALLS * least else stale + 1
             least = min(least, changed)
             settled = changed == 0.0 or (parts.count > 1 and stale >= PATIENCE and least < NEARLY_STILL)
