@@ -1,10 +1,10 @@
-"""N:M patterns on the zoo's convolutional networks (Fashion-MNIST): what each method loses when at most N of every M weights stay.
+"""N:M patterns on the zoo's networks (Fashion-MNIST): what each method loses when at most N of every M weights stay.
 
     python benchmarks/patterns_zoo.py --data DIR
 
-All convolutions but the first, cascade, no retraining; judge and child processes are those of residual_network.py. "No pattern" is Net-Trim
-with the same number of zeros wherever they do least harm: what the pattern costs. Results go to benchmarks/results/patterns_zoo.json after
-every run; ``--only`` repeats some of them and keeps the others.
+All layers but the first and the last (of vgg_like and resnet20_b: all convolutions but the first), cascade, no retraining; judge and
+child processes are those of residual_network.py. "No pattern" is Net-Trim with the same number of zeros wherever they do least harm:
+what the pattern costs. Results go to benchmarks/results/patterns_zoo.json after every run; ``--only`` repeats some and keeps the others.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ import torch
 from residual_network import FULL, RESULTS, Judge, Run, in_child, reestimated, row
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 import nettrim
 from nettrim.experiments import datasets, zoo_training
 
-NETWORKS = ("vgg_like", "resnet20_b")
+CONVOLUTIONS = ("vgg_like", "resnet20_b")
+NETWORKS = (*CONVOLUTIONS, "resnet20_a", "depthwise_separable", "transformer_encoder")
 PATTERNS = ("2:4", "4:8")
 IMAGES, PATCHES = 1_000, 10_000
 FREE = f"{FULL}, no pattern"
 OTHERS = (nettrim.Magnitude, nettrim.Wanda, nettrim.OBS, nettrim.SparseGPT, nettrim.LinearADMM)
 
 
-def runs(pattern: str) -> list[Run]:
+def runs(name: str, network: nn.Module, pattern: str) -> list[Run]:
     """The runs with one pattern."""
+    layers = [layer for layer, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    options = {} if name in CONVOLUTIONS else {"layers": layers[1:-1]}
     ours = nettrim.NetTrim(pattern=pattern)
-    free = nettrim.NetTrim(sparsity=ours.targets)
-    found = [Run(label, method, images=IMAGES, patches=PATCHES) for label, method in ((FULL, ours), (FREE, free))]
-    return [*found, *(Run(method.__name__, method(pattern=pattern), images=IMAGES, patches=PATCHES) for method in OTHERS)]
+    methods = {FULL: ours, FREE: nettrim.NetTrim(sparsity=ours.targets)} | {method.__name__: method(pattern=pattern) for method in OTHERS}
+    return [Run(label, method, images=IMAGES, patches=PATCHES, options=options) for label, method in methods.items()]
 
 
 def main() -> None:
@@ -56,7 +59,7 @@ def main() -> None:
         again = judge(reestimated(network, dataset.train_images[:IMAGES]), IMAGES)
         facts["dense"][name] = {"accuracy": judge.accuracy, "reestimated": again}
         for pattern in options.patterns:
-            for run in runs(pattern):
+            for run in runs(name, network, pattern):
                 if options.only and run.label not in options.only:
                     continue
                 made = row(run.method.targets, run, in_child(network, dataset.train_images, run), judge)
@@ -68,7 +71,7 @@ def main() -> None:
 
 
 def table(facts: dict[str, Any]) -> Table:
-    out = Table(title="N:M on Fashion-MNIST, all convolutions but the first, no retraining")
+    out = Table(title="N:M on Fashion-MNIST, no retraining")
     columns = ("network", "pattern", "run", "kept", "accuracy", "loss", "re-estimated", "discrepancy", "unseen", "seconds", "holds")
     for name in columns:
         out.add_column(name, justify="left" if name in ("network", "run") else "right")

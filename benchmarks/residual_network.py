@@ -128,9 +128,8 @@ def measure(network: bytes, images: NDArray[np.float32], run: Run) -> Measured:
     batches = list(torch.split(torch.from_numpy(images), BATCH))
     with PROGRAMS[run.program]():
         before, started, cpu = peak_memory(), time.perf_counter(), time.process_time()
-        result = nettrim.prune(
-            model, batches, run.method, layers=inner_convolutions(model), max_samples=run.patches, progress=False, **run.options
-        )
+        options = {"layers": inner_convolutions(model)} | run.options
+        result = nettrim.prune(model, batches, run.method, max_samples=run.patches, progress=False, **options)
         seconds, cpu_seconds, after = time.perf_counter() - started, time.process_time() - cpu, peak_memory()
     network_wide = result.certificate.network
     facts = {
