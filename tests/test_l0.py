@@ -212,6 +212,22 @@ def test_rare_inputs_are_not_sampled() -> None:
     assert l0.within_budget(single, 30).distance == pytest.approx(l0.within_budget(unshuffled, 30).distance, rel=0.02)
 
 
+def test_steps_are_relaxed_no_further_than_the_curvature_allows() -> None:
+    """Half of the inputs are active in two rows: with steps 1.5 times as long, the distance ends at three times that of all rows."""
+    p = layer(2000, 60, 10, seed=1, dtype=torch.float32)
+    inputs = p.inputs.clone()
+    source = torch.Generator().manual_seed(1)
+    for i in range(30):
+        inputs[:, i] = 0.0
+        inputs[torch.randperm(2000, generator=source)[:2], i] = 5.0
+    s = standardise(from_rows(inputs, RELU.apply(inputs @ p.weights + p.bias), RELU, p.weights, p.bias), ridge=0.001, shuffled=True)
+    parts = l0.row_parts(s)
+    assert parts.count == 2 and 1.0 <= parts.relaxation <= max(1.0, l0.STABLE / l0.curvature(s, 2))
+    whole = l0.within_budget(s, 200, parts=l0.Parts()).distance
+    assert l0.within_budget(s, 200).distance <= 1.1 * whole
+    assert l0.within_budget(s, 200, parts=l0.Parts(2, 1.5)).distance > 1.5 * whole  # so that the limit is what keeps it
+
+
 @pytest.mark.parametrize("parts", [2, 5])
 def test_curvature_is_the_largest_eigenvalue(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(l0, "MOST_CURVATURE", math.inf)

@@ -7,10 +7,8 @@ it is: it runs, but nothing is seen of it. The state dict has the names that the
 
 from __future__ import annotations
 
-import logging
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from .calibration import output_tensors
+from .quiet import quiet
 from .status import InvalidInput
 
 AGREES = 1e-5
@@ -37,7 +36,7 @@ def model_from_program(path: Path) -> nn.Module:
     if not path.is_file():
         raise InvalidInput(f"model {path}: there is no such file")
     try:
-        with _quiet():
+        with quiet("torch.export"):  # it logs a traceback beside the error that it raises
             program = torch.export.load(path)
     except Exception as error:  # torch raises many kinds, for damaged files and for other versions
         raise InvalidInput(f"model {path}: it cannot be read as a torch.export program ({_first(error)})") from error
@@ -250,18 +249,6 @@ def _check(model: nn.Module, program: ExportedProgram, origin: str) -> None:
             raise InvalidInput(
                 f"model {origin}: taken apart into layers, the program computes something else; give the model as package.module:factory"
             )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the traceback that torch logs beside the error which it raises."""
-    logger = logging.getLogger("torch.export")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _first(error: BaseException) -> str:

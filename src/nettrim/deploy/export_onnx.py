@@ -5,9 +5,7 @@ onnx, onnxruntime and onnxscript are optional (``pip install "nettrim[onnx]"``) 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..quiet import quiet
 from ..solvers.reference import MissingExtra
 from ..status import InvalidInput
 from .export_common import allowed, check_output, difference, ran, refuse_different, resized, staged, start
@@ -23,6 +22,8 @@ from .export_result import Exported
 
 TOLERANCE = 1e-4
 """By how much onnxruntime's outputs may differ, relative to the largest."""
+REMARKS = "torch.onnx._internal.exporter._registration"
+"""The logger that remarks on operators of packages that are not installed."""
 
 
 def libraries() -> tuple[ModuleType, ModuleType]:
@@ -46,7 +47,7 @@ def export_onnx(model: object, example: Any, path: str | Path) -> Exported:
     with staged(place, [place.name]) as folder:
         file = folder / place.name
         try:
-            with known_warnings(), _quiet(), torch.no_grad():
+            with known_warnings(), quiet(REMARKS), torch.no_grad():
                 made = torch.onnx.export(program, dynamo=True, verbose=False)
             assert made is not None
             proto = made.model_proto
@@ -79,15 +80,3 @@ def _without_traces(proto: Any) -> None:
     for graph in (proto.graph, *proto.functions):
         for node in graph.node:
             del node.metadata_props[:]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on operators of packages that are not installed."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -24,7 +24,7 @@ MOST_PARTS = 8  # an iteration looks at an eighth of the rows at least,
 LEAST_ROWS, ROWS_PER_INPUT = 500, 2  # and at so many rows, in all and for each input: fewer are fitted one part after the other
 MOST_CURVATURE = 2.0
 FALLS, PATIENCE, NEARLY_STILL = 0.9, 5, 0.005  # so many checks without such a fall of a small change: what is left is noise of the parts
-POLISH_STEPS, POLISH_GAIN = 6, 4e-3  # the loop ends near the polished weights: another round gains a hundredth of a percent
+POLISH_STEPS, POLISH_GAIN = 6, 4e-3  # the loop ends near the polished weights: another round gains a twentieth of a percent
 PATH_START, PATH_GROWTH, PATH_STEPS = 0.05, 1.25, 24  # curves, which solve many budgets roughly: penalty, its factor, iterations
 TRY_ALL = 32  # weights up to which the penalised program tries every count
 
