@@ -79,7 +79,7 @@ class Polish:
     """Settings of the polish; no rounds: none."""
 
     rounds: int = 6
-    steps: int = l0.POLISH_STEPS
+    steps: int = l0.POLISH[1]
     gain: float = l0.POLISH_GAIN
 
 

@@ -8,6 +8,7 @@ most ``N + 1`` equivalent rows (docs/theory.md, compressed form), however many s
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +19,7 @@ from .preimage import Activation, nearest_point
 from .status import InvalidInput
 
 LEAST_IMPORTANCE = 1e-3  # of the mean: outputs that seem to count for nothing on these data still have to be near
+BLOCK_ENTRIES = 1 << 16  # entries of one block of rows: 512 KiB in float64
 CUT = 1e-13  # eigenvalues of a Gram matrix below this share of the largest are rounding
 
 
@@ -328,6 +330,16 @@ class StandardProgram:
         return U.to(self.A.dtype), None if c is None else c.to(self.A.dtype)
 
 
+def _centred_blocks(program: LayerProgram, mean: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of rows that fit a cache: which they are, and what the bias column leaves of the inputs there (a fresh copy)."""
+    P, N = program.inputs.shape
+    step = max(64, BLOCK_ENTRIES // max(N, 1))
+    for start in range(0, P, step):
+        rows = slice(start, min(P, start + step))
+        A, e = program.inputs[rows], program.bias_column
+        yield rows, A.clone() if e is None else torch.addr(A, e[rows], mean, alpha=-1)
+
+
 def _live(scale: Tensor, norm: Tensor) -> Tensor:
     """Inputs that vary: beyond rounding of their own mean, and of the largest input (compressed rows carry its rounding)."""
     if not len(norm):
@@ -367,43 +379,66 @@ def standardise(
     multiplies outputs by the root of their importance (of mean square 1, and never below a thirtieth), where the program knows it.
     """
     dtype = dtype or (torch.float64 if program.dtype == torch.float64 else torch.float32)
-    A, e = program.inputs, program.bias_column
-    norm = torch.linalg.vector_norm(A, dim=0)
-    if e is not None:
-        mean = (e @ A) / e.square().sum()
-        A = A - torch.outer(e, mean)
-    else:
-        mean = A.new_zeros(A.shape[1])
-    scale = torch.linalg.vector_norm(A, dim=0)
-    live = _live(scale, norm)
-    A, scale, lo, hi = A if bool(live.all()) else A[:, live], scale[live], program.lo, program.hi
-    size = math.sqrt(ridge * float(scale.square().mean())) if len(scale) else 0.0
+    e = program.bias_column
+    P, N = program.inputs.shape
+    mean = program.inputs.new_zeros(N) if e is None else (e @ program.inputs) / e.square().sum()
+    square = program.inputs.new_zeros(N)
+    for _, centred in _centred_blocks(program, mean):
+        square += centred.square_().sum(0)
+    norm = (square if e is None else square + mean.square() * e.square().sum()).sqrt()  # of the inputs as they are
+    live = _live(square.sqrt(), norm)
+    scale = square[live].sqrt()
+    n = len(scale)
+    size = math.sqrt(ridge * float(scale.square().mean())) if n else 0.0
+    extra = n if size else 0  # rows
     if size:
-        target = size * program.weights[live]
-        A, scale = torch.cat([A, size * torch.eye(len(scale), dtype=A.dtype, device=A.device)]), (scale.square() + size**2).sqrt()
-        lo, hi = torch.cat([lo, target]), torch.cat([hi, target])
-        e = None if e is None else torch.cat([e, e.new_zeros(len(target))])
-    if len(scale) and power != 1.0:
+        scale = (scale.square() + size**2).sqrt()
+    if n and power != 1.0:
         largest = scale.max()
         relative = scale / largest
         scale = relative**power
         scale = scale * (largest * (relative / scale).square().mean().sqrt())
+    place: Tensor | slice = slice(None)
+    if shuffled:
+        order = torch.randperm(P + extra, generator=torch.Generator().manual_seed(0))
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(P + extra)).to(scale.device)
+    all_live = bool(live.all())
+    A = scale.new_empty(P + extra, n, dtype=dtype)
+    gram = scale.new_zeros(n, n)
+    for rows, centred in _centred_blocks(program, mean):
+        block = (centred if all_live else centred[:, live]).div_(scale)
+        A[rows if isinstance(place, slice) else place[rows]] = block.to(dtype)
+        if not shuffled:
+            gram.addmm_(block.T, block)
+    if extra:
+        own = torch.diag(size / scale)
+        A[slice(P, None) if isinstance(place, slice) else place[P:]] = own.to(dtype)
+        gram += own.square()
     if shuffled:  # budgets bear the rounding of the working dtype in the Gram matrix
-        order = torch.randperm(len(A), generator=torch.Generator().manual_seed(0)).to(A.device)
-        A, lo, hi, e = (A / scale).to(dtype)[order], lo.to(dtype)[order], hi.to(dtype)[order], None if e is None else e[order]
-    else:
-        A = A / scale
-    gram = (A.T @ A).double()
+        gram = (A.T @ A).double()
+
+    def placed(values: Tensor, further: Tensor) -> Tensor:
+        """Values of all rows, those of the ridge's own included, where the rows are, in ``dtype``."""
+        out = values.new_empty(P + extra, *values.shape[1:], dtype=dtype)
+        out[slice(0, P) if isinstance(place, slice) else place[:P]] = values.to(dtype)
+        if extra:
+            out[slice(P, None) if isinstance(place, slice) else place[P:]] = further.to(dtype)
+        return out
+
+    target = size * program.weights[live]
+    lo = placed(program.lo, target)
+    hi = lo if program.hi is program.lo else placed(program.hi, target)
+    column = None if e is None else placed(e, e.new_zeros(extra))
     columns = None
     if weighted and program.importance is not None and float(program.importance.max()) > 0:
         columns = (program.importance / program.importance.mean()).clamp(min=LEAST_IMPORTANCE).sqrt()
         lo, hi = lo * columns.to(lo.dtype), hi * columns.to(hi.dtype)
-    values, vectors = torch.linalg.eigh((gram + gram.T) / 2) if len(scale) else (scale, gram)
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2) if n else (scale, gram)
     standard = StandardProgram(
-        A=A.to(dtype),
-        lo=lo.to(dtype),
-        hi=hi.to(dtype),
-        e=None if e is None else e.to(dtype),
+        A=A,
+        lo=lo,
+        hi=hi,
+        e=column,
         scale=scale,
         live=live,
         mean=mean,

@@ -28,10 +28,10 @@ def largest_mask(V: Tensor, k: int) -> Tensor:
         return torch.zeros_like(V, dtype=torch.bool)
     magnitude = V.abs().flatten()
     threshold = magnitude.kthvalue(count - k + 1).values
-    mask = magnitude > threshold
-    missing = k - int(mask.sum())
-    if missing:
-        mask[(magnitude == threshold).nonzero().flatten()[:missing]] = True
+    mask = magnitude >= threshold
+    surplus = int(mask.sum()) - k
+    if surplus:  # equals of the smallest that stays: the last of them go
+        mask[(magnitude == threshold).nonzero().flatten()[-surplus:]] = False
     return mask.view_as(V)
 
 

@@ -55,6 +55,8 @@ class NetTrim:
         importance: sparsity with l0 only: how the outputs of a layer share its weights. ``"output"``: a squared error of each counts by how
             much it moves the network's outputs (mean squared gradients on the calibration data); ``"uniform"``: all count the same.
             What is stated and certified is never weighted.
+        effort: l0 only. ``"full"``, or ``"quick"``: which weights stay is decided with the target where the original weights have it, and
+            only their values see the boxes: a fraction of the time, for a few percent more distance.
         gap: l1 only: relative duality gap at which the solver stops.
         max_iterations: iterations of one solve; the default is 3000 for l1 and 500 for l0.
 
@@ -76,6 +78,7 @@ class NetTrim:
     gap: float = 0.01
     max_iterations: int | None = None
     pattern: str | None = field(default=None, kw_only=True)
+    effort: Literal["full", "quick"] = field(default="full", kw_only=True)
 
     def __post_init__(self) -> None:
         given = [name for name in ("epsilon", "sparsity", "penalty") if getattr(self, name) is not None]
@@ -106,6 +109,10 @@ class NetTrim:
             raise InvalidInput(f"NetTrim: correction must lie in [0, 1], found {self.correction}")
         if self.importance not in ("output", "uniform"):
             raise InvalidInput(f"NetTrim: importance must be 'output' or 'uniform', found {self.importance!r}")
+        if self.effort not in ("full", "quick"):
+            raise InvalidInput(f"NetTrim: effort must be 'full' or 'quick', found {self.effort!r}")
+        if self._quick and self.chosen_norm == "l1":
+            raise InvalidInput("NetTrim: effort='quick' needs norm='l0', found 'l1', whose time and precision gap= sets; leave effort out")
         if not 0 <= self.ridge < math.inf:
             raise InvalidInput(f"NetTrim: ridge must be >= 0 and finite, found {self.ridge}")
         if not 0 < self.gap < 1:
@@ -181,7 +188,8 @@ class NetTrim:
         gamma = "" if self.gamma is None else f", gamma {self.gamma:g}" if isinstance(self.gamma, (int, float)) else ", gamma by layer"
         kappa = "" if self.kappa == 1 else f", kappa {self.kappa:g}"
         pattern = "" if self.pattern is None else f", pattern {self.pattern}"
-        return f"NetTrim {self.chosen_norm}, {self.program} program{pattern}{gamma}{kappa}"
+        effort = ", quick" if self._quick else ""
+        return f"NetTrim {self.chosen_norm}, {self.program} program{pattern}{effort}{gamma}{kappa}"
 
     def target(self, layer: str) -> float | None:
         """The target of that layer; ``None`` when a mapping does not name it."""
@@ -225,6 +233,10 @@ class NetTrim:
     def _l0_iterations(self) -> int:
         return self.max_iterations or 500
 
+    @property
+    def _quick(self) -> bool:
+        return self.effort == "quick"
+
     def _within_tolerance(self, p: StandardProgram, epsilon: float, factor: float | None, watch: Watch | None) -> Solution:
         program = p.source
         original = program.original_distance()
@@ -262,7 +274,8 @@ class NetTrim:
                 W, b = p.restore(U, c)
                 distance, gap = program.distance(W, b), l1.dual_gap(program, W, b, epsilon=used)
         else:
-            found = l0.within_tolerance(p, used, max_iterations=self._l0_iterations(), pattern=self.chosen, watch=watch)
+            limit = self._l0_iterations()
+            found = l0.within_tolerance(p, used, max_iterations=limit, pattern=self.chosen, quick=self._quick, watch=watch)
             if found is None:
                 return self._fallback(p, tolerance, used, original, notes, watch)
             W, b = p.restore(found.U, found.c)
@@ -324,7 +337,8 @@ class NetTrim:
             W, b, iterations, converged = result.weights, result.bias, result.iterations, result.converged
             gap: float | None = result.gap
         else:
-            found = l0.penalised(p, penalty, max_iterations=self._l0_iterations(), pattern=self.chosen, watch=watch)
+            limit = self._l0_iterations()
+            found = l0.penalised(p, penalty, max_iterations=limit, pattern=self.chosen, quick=self._quick, watch=watch)
             (W, b), iterations, converged, gap = p.restore(found.U, found.c), found.iterations, found.converged, None
         if self.polish and self.chosen_norm == "l1":
             U, c = p.enter(W, b)
@@ -343,9 +357,8 @@ class NetTrim:
         """Least distance with at most ``k`` weights, in the pattern."""
         program = p.source
         if self.chosen_norm == "l0":
-            rounds = 0 if self.polish is False else 6
-            limit = self._l0_iterations()
-            found = l0.within_budget(p, k, max_iterations=limit, polish_rounds=rounds, pattern=self.chosen, watch=watch)
+            limit, polished = self._l0_iterations(), self.polish is not False
+            found = l0.within_budget(p, k, max_iterations=limit, polished=polished, pattern=self.chosen, quick=self._quick, watch=watch)
             (W, b), iterations, converged = p.restore(found.U, found.c), found.iterations, found.converged
         else:
             result = l1.within_budget(p, k, gap=self.gap, max_iterations=self._l1_iterations(), watch=watch)

@@ -42,7 +42,7 @@ class GramADMM:
         self.U = start.clone()  # satisfies the data
         self.D = start.clone()  # satisfies the penalty
         self.V = torch.zeros_like(start)
-        self.c = program.offset(nearest_point(program.response(start, program.c0), program.lo, program.hi))
+        self.c = program.c0  # the first pass over the rows moves it
         self.cross = torch.empty_like(start)
         self.B: Tensor | None = None
         self.share = 1.0
@@ -77,7 +77,7 @@ class GramADMM:
         right = torch.add(self.cross, self.D - self.V, alpha=beta)
         if ridge:
             right.add_(p.U0, alpha=ridge)
-        return p.vectors @ ((p.vectors.T @ right) / (p.values + (ridge + beta))[:, None])
+        return p.vectors @ (p.vectors.T @ right).div_((p.values + (ridge + beta))[:, None])
 
     def refresh(self, part: int = 0, parts: int = 1) -> float:
         """Moves the majorised target to the nearest point of the present sparse weights; returns their distance.

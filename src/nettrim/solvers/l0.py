@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -24,7 +25,9 @@ MOST_PARTS = 8  # an iteration looks at an eighth of the rows at least,
 LEAST_ROWS, ROWS_PER_INPUT = 500, 2  # and at so many rows, in all and for each input: fewer are fitted one part after the other
 MOST_CURVATURE = 2.0
 FALLS, PATIENCE, NEARLY_STILL = 0.9, 5, 0.005  # so many checks without such a fall of a small change: what is left is noise of the parts
-POLISH_STEPS, POLISH_GAIN = 6, 4e-3  # the loop ends near the polished weights: another round gains a twentieth of a percent
+POLISH_GAIN = 4e-3  # the loop ends near the polished weights: another round gains a twentieth of a percent
+POLISH, POLISH_POINTS, POLISH_QUICK = (6, 6), (1, 10), (2, 2)  # rounds, steps of each; points need no second round
+RIDGE, RIDGE_POINTS = 0.01, 0.003  # of the weight step
 PATH_START, PATH_GROWTH, PATH_STEPS = 0.05, 1.25, 24  # curves, which solve many budgets roughly: penalty, its factor, iterations
 TRY_ALL = 32  # weights up to which the penalised program tries every count
 
@@ -39,7 +42,8 @@ class Schedule:
 
 
 CAREFUL = Schedule(0.03, ((0.1, 1.13), (0.005, 1.085), (0.0, 1.045)))  # one budget
-BRISK = Schedule(0.03, ((0.1, 1.15), (0.005, 1.10), (0.0, 1.05)))  # searches, which solve many budgets
+BRISK = Schedule(0.03, ((0.1, 1.15), (0.005, 1.10), (0.0, 1.05)))  # searches, which solve many budgets, and points
+QUICK = Schedule(0.1, ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1)))  # as in ALPS
 RELAXATION = 1.5  # of the weight step, at most: the same distance in fewer iterations; more of it settles late at low sparsity
 STABLE = 1.9  # relaxation times curvature, at most: at 2, errors in the direction that a part sees too large turn over without falling
 
@@ -64,16 +68,27 @@ class L0Result:
     converged: bool
 
 
+class _Settings(TypedDict):
+    ridge: float | None
+    max_iterations: int
+    schedule: Schedule | None
+    pattern: Pattern
+    parts: Parts | None
+    quick: bool
+    watch: Watch | None
+
+
 def within_budget(
     program: StandardProgram,
     k: int,
     *,
-    ridge: float = 0.01,
+    ridge: float | None = None,
     max_iterations: int = 300,
-    polish_rounds: int = 6,
+    polished: bool = True,
     schedule: Schedule | None = None,
     pattern: Pattern = UNSTRUCTURED,
     parts: Parts | None = None,
+    quick: bool = False,
     watch: Watch | None = None,
 ) -> L0Result:
     """``min dist(A W + e b^T, [lo, hi])  subject to  ||W||_0 <= k, W in the pattern`` (design section 3).
@@ -81,15 +96,21 @@ def within_budget(
     ADMM on the majorised distance, whose gradient is taken from a part of the rows in each iteration where there are many, with a
     penalty that grows as the support settles, from a small ``ridge`` towards the original weights (in units of the mean diagonal of the
     Gram matrix, which is 1), then the polish on the support that was found. Where all boxes are points the target never moves, and the
-    iterations do without the rows. ``schedule``: by default ``CAREFUL``, or ``BRISK`` where all boxes are points. ``parts``: what
-    :func:`row_parts` gives, where that is known already.
+    iterations do without the rows. With ``quick`` the same is done to any boxes: the target stays where the original weights have it
+    while the support is chosen, and only the polish, which is shorter, sees the boxes. ``schedule``: by default ``CAREFUL``; ``BRISK``
+    where all boxes are points, and ``QUICK`` with ``quick``. ``parts``: what :func:`row_parts` gives, where that is known already.
     """
     p = program
     k = min(k, pattern.capacity(p.live, p.U0.shape[1]))
-    parts = parts or row_parts(p)
+    points = bool(torch.equal(p.lo, p.hi))
+    fixed = points or quick
+    parts = Parts() if fixed else parts or row_parts(p)
+    schedule = schedule or (QUICK if quick else BRISK if points else CAREFUL)
+    if ridge is None:
+        ridge = RIDGE_POINTS if points else RIDGE
     loop = GramADMM(p, p.U0, relaxation=parts.relaxation)
-    fixed = bool(torch.equal(p.lo, p.hi))
-    schedule = schedule or (BRISK if fixed else CAREFUL)
+    if fixed:
+        loop.refresh()
     mask = pattern.mask(p.U0, k, p.live)
     loop.D = p.U0 * mask
     beta, iteration, settled = schedule.start, 0, False
@@ -100,9 +121,9 @@ def within_budget(
         mask = pattern.mask(V, k, p.live)
         return V * mask
 
-    previous, least, stale = mask, 1.0, 0
+    previous, least, stale, reached = mask, 1.0, 0, 0.0
     while iteration < max_iterations and not settled:
-        if iteration == 0 or not fixed:
+        if not fixed:
             reached = loop.refresh(iteration % parts.count, parts.count)
         iteration += 1
         loop.majorised_step(keep, beta, ridge)
@@ -118,11 +139,12 @@ def within_budget(
             if watch is not None:
                 now = p.distance(loop.D, loop.c) if fixed else math.hypot(reached, math.sqrt(p.unreachable))
                 watch(iteration, now, k / max(p.source.weights.numel(), 1))
-    U, c, distance = polish(p, loop.D, loop.c, support=mask, rounds=polish_rounds, steps=POLISH_STEPS, tolerance=POLISH_GAIN)
+    rounds, steps = POLISH_POINTS if points else POLISH_QUICK if quick else POLISH
+    U, c, distance = polish(p, loop.D, loop.c, support=mask, rounds=rounds if polished else 0, steps=steps, tolerance=POLISH_GAIN)
     return L0Result(U, c, k, distance, iteration, settled)
 
 
-def path(program: StandardProgram, budgets: Sequence[int], *, ridge: float = 0.01) -> list[float]:
+def path(program: StandardProgram, budgets: Sequence[int], *, ridge: float = RIDGE) -> list[float]:
     """The distance reached at each of the budgets, which must fall: every solve starts where the last one ended, and ends early.
 
     For comparing layers and densities; :func:`within_budget` finds less distance.
@@ -147,7 +169,7 @@ def path(program: StandardProgram, budgets: Sequence[int], *, ridge: float = 0.0
             if step % CHECK_EVERY == 0:
                 beta *= PATH_GROWTH
                 loop.V /= PATH_GROWTH
-        U, c, distance = polish(p, loop.D, loop.c, support=mask, rounds=2, steps=POLISH_STEPS, tolerance=POLISH_GAIN)
+        U, c, distance = polish(p, loop.D, loop.c, support=mask, rounds=2, steps=POLISH[1], tolerance=POLISH_GAIN)
         loop.D, loop.c = U, c
         found.append(distance)
     return found
@@ -197,10 +219,11 @@ def within_tolerance(
     program: StandardProgram,
     epsilon: float,
     *,
-    ridge: float = 0.01,
+    ridge: float | None = None,
     max_iterations: int = 300,
     precision: float = 0.005,
     pattern: Pattern = UNSTRUCTURED,
+    quick: bool = False,
     watch: Watch | None = None,
 ) -> L0Result | None:
     """The smallest budget found whose polished weights, as stored, stay within ``epsilon``.
@@ -211,11 +234,11 @@ def within_tolerance(
     """
     p = program
     full, unit = pattern.capacity(p.live, p.U0.shape[1]), pattern.unit(*p.source.weights.shape)
-    iterations, parts = 0, row_parts(p)
+    iterations, settings = 0, _of_search(p, ridge, max_iterations, pattern, quick, watch)
 
     def solve(k: int) -> tuple[L0Result, float]:
         nonlocal iterations
-        result = within_budget(p, k, ridge=ridge, max_iterations=max_iterations, schedule=BRISK, pattern=pattern, parts=parts, watch=watch)
+        result = within_budget(p, k, **settings)
         iterations += result.iterations
         # what counts is the distance of the weights as they are stored
         return result, p.source.distance(*p.restore(result.U, result.c))
@@ -243,6 +266,21 @@ def within_tolerance(
     return L0Result(best.U, best.c, best.k, best.distance, iterations, best.converged)
 
 
+def _of_search(
+    p: StandardProgram, ridge: float | None, max_iterations: int, pattern: Pattern, quick: bool, watch: Watch | None
+) -> _Settings:
+    """How every budget of a search is solved."""
+    return {
+        "ridge": ridge,
+        "max_iterations": max_iterations,
+        "schedule": None if quick else BRISK,
+        "pattern": pattern,
+        "parts": None if quick else row_parts(p),
+        "quick": quick,
+        "watch": watch,
+    }
+
+
 def _next_budget(low: int, low_value: float, high: int, high_value: float, epsilon: float, full: int) -> int:
     """Interpolates between a budget that misses the tolerance and one that meets it, or extends from the only one known."""
     aim = math.log(epsilon * 0.998)
@@ -262,9 +300,10 @@ def penalised(
     program: StandardProgram,
     penalty: float,
     *,
-    ridge: float = 0.01,
+    ridge: float | None = None,
     max_iterations: int = 300,
     pattern: Pattern = UNSTRUCTURED,
+    quick: bool = False,
     watch: Watch | None = None,
 ) -> L0Result:
     """``min 1/2 dist(A W + e b^T, [lo, hi])^2 + penalty ||W||_0``, as the best budget found by a golden-section search over ``log k``
@@ -272,13 +311,11 @@ def penalised(
     p = program
     full, unit = pattern.capacity(p.live, p.U0.shape[1]), pattern.unit(*p.source.weights.shape)
     solved: dict[int, tuple[float, L0Result]] = {}
-    parts = row_parts(p)
+    settings = _of_search(p, ridge, max_iterations, pattern, quick, watch)
 
     def value(k: int) -> float:
         if k not in solved:
-            result = within_budget(
-                p, k, ridge=ridge, max_iterations=max_iterations, schedule=BRISK, pattern=pattern, parts=parts, watch=watch
-            )
+            result = within_budget(p, k, **settings)
             nonzeros = int((result.U != 0).sum())
             solved[k] = (result.distance**2 / 2 + penalty * nonzeros, result)
         return solved[k][0]

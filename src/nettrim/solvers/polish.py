@@ -72,7 +72,7 @@ def _newton_direction(
     pU, pc = rU * inverse, None if rc is None else rc.clone()
     square = _column_square(rU, rc, inverse)
     start = square.clone()
-    for _ in range(steps):
+    for step in range(steps):
         q = p.A @ pU
         if e is not None and pc is not None:
             q = torch.addr(q, e, pc)
@@ -83,9 +83,12 @@ def _newton_direction(
         alpha = torch.where(square > 1e-12 * start, alpha, 0.0)
         dU.addcmul_(pU, alpha)
         dZ.addcmul_(q, alpha)
-        rU = torch.addcmul(rU, (p.A.T @ qc) * mask, alpha, value=-1)
-        if rc is not None and dc is not None and pc is not None and e is not None:
+        if dc is not None and pc is not None:
             dc.addcmul_(pc, alpha)
+        if step == steps - 1:
+            break
+        rU = torch.addcmul(rU, (p.A.T @ qc) * mask, alpha, value=-1)
+        if rc is not None and e is not None:
             rc = torch.addcmul(rc, e @ qc, alpha, value=-1)
         new = _column_square(rU, rc, inverse)
         ratio = torch.where(alpha > 0, new / square.clamp(min=tiny), 0.0)
