@@ -1,6 +1,6 @@
-"""N:M patterns on the zoo's networks (Fashion-MNIST): what each method loses when at most N of every M weights stay.
+"""N:M patterns on the zoo's networks (Fashion-MNIST, lenet5: MNIST): what each method loses when at most N of every M weights stay.
 
-    python benchmarks/patterns_zoo.py --data DIR
+    python benchmarks/patterns_zoo.py --data DIR --mnist DIR
 
 All layers but the first and the last (of vgg_like and resnet20_b: all convolutions but the first), cascade, no retraining; judge and
 child processes are those of residual_network.py. "No pattern" is Net-Trim with the same number of zeros wherever they do least harm:
@@ -25,7 +25,8 @@ import nettrim
 from nettrim.experiments import datasets, zoo_training
 
 CONVOLUTIONS = ("vgg_like", "resnet20_b")
-NETWORKS = (*CONVOLUTIONS, "resnet20_a", "depthwise_separable", "transformer_encoder")
+ON_MNIST = ("lenet5",)
+NETWORKS = (*CONVOLUTIONS, "resnet20_a", "depthwise_separable", "transformer_encoder", *ON_MNIST)
 PATTERNS = ("2:4", "4:8")
 IMAGES, PATCHES = 1_000, 10_000
 FREE = f"{FULL}, no pattern"
@@ -44,16 +45,17 @@ def runs(name: str, network: nn.Module, pattern: str) -> list[Run]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=None, help="folder with the Fashion-MNIST files")
+    parser.add_argument("--mnist", type=Path, default=None, help="folder with the MNIST files")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), metavar="N:M")
     parser.add_argument("--only", nargs="+", default=None, metavar="RUN", help="names of the runs to make; the others' results are kept")
     options = parser.parse_args()
     console = Console(stderr=True)
-    dataset = datasets.load("fashion-mnist", options.data)
     path = RESULTS / "patterns_zoo.json"
     facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"dense": {}, "rows": []}
     rows = {(old["network"], old["pattern"], old["label"]): old for old in facts["rows"]}
     for name in options.networks:
+        dataset = datasets.load("mnist", options.mnist) if name in ON_MNIST else datasets.load("fashion-mnist", options.data)
         network = zoo_training.trained(name, dataset, seed=0, cache=RESULTS / "cache")
         judge = Judge(network, dataset)
         again = judge(reestimated(network, dataset.train_images[:IMAGES]), IMAGES)
@@ -71,7 +73,7 @@ def main() -> None:
 
 
 def table(facts: dict[str, Any]) -> Table:
-    out = Table(title="N:M on Fashion-MNIST, no retraining")
+    out = Table(title="N:M, no retraining")
     columns = ("network", "pattern", "run", "kept", "accuracy", "loss", "re-estimated", "discrepancy", "unseen", "seconds", "holds")
     for name in columns:
         out.add_column(name, justify="left" if name in ("network", "run") else "right")

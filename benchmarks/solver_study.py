@@ -54,13 +54,14 @@ MOST_STEPS = 500
 
 SLOW = Schedule(0.02, ((0.1, 1.08), (0.005, 1.05), (0.0, 1.03)))
 QUICKER = Schedule(0.05, ((0.1, 1.2), (0.005, 1.15), (0.0, 1.08)))
-ALPS = Schedule(0.1, ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1)))
+ALPS = l0.QUICK
 STILL = l0.NEARLY_STILL
 
 
 @dataclass(frozen=True)
 class Loop:
-    """Settings of the iteration. ``every``: the nearest points are taken anew in every so-manieth step only."""
+    """Settings of the iteration. ``every``: the nearest points are taken anew in every so-manieth step only. ``fixed``: they are those
+    of the original weights throughout."""
 
     schedule: Schedule = CAREFUL
     most_parts: int = l0.MOST_PARTS
@@ -69,8 +70,9 @@ class Loop:
     relaxation: float = l0.RELAXATION  # at most; and relaxation times curvature:
     stable: float = l0.STABLE
     every: int = 1
+    fixed: bool = False
     still: float = STILL
-    weight_ridge: float = 0.01
+    weight_ridge: float = l0.RIDGE
     own_ridge: float = NetTrim.ridge
 
 
@@ -78,7 +80,7 @@ class Loop:
 class Polish:
     """Settings of the polish; no rounds: none."""
 
-    rounds: int = 6
+    rounds: int = l0.POLISH[0]
     steps: int = l0.POLISH[1]
     gain: float = l0.POLISH_GAIN
 
@@ -94,6 +96,7 @@ class Variant:
 
 
 DEFAULT = Variant("base", "")
+QUICK = Variant('effort="quick"', "", Loop(schedule=l0.QUICK, fixed=True), Polish(*l0.POLISH_QUICK))
 
 
 def variants() -> list[Variant]:
@@ -108,6 +111,12 @@ def variants() -> list[Variant]:
     found += [Variant("parts of the rows, at most", str(n), Loop(most_parts=n)) for n in (1, 2, 4, 16)]
     found += [Variant("rows of a part, for each input", str(n), Loop(rows_per_input=n)) for n in (1, 3, 5)]
     found += [Variant("all rows in every r-th step", f"r = {n}", Loop(most_parts=1, every=n)) for n in (2, 4, 8)]
+    for schedule, name in ((l0.QUICK, "ALPS's schedule"), (BRISK, "brisk")):
+        for rounds, steps in ((1, 4), (2, 2), (2, 4), l0.POLISH):
+            found.append(
+                Variant("target fixed, polish", f"{name}, {rounds} x {steps}", Loop(schedule=schedule, fixed=True), Polish(rounds, steps))
+            )
+    found.append(QUICK)
     found += [Variant("support nearly still below", f"{share:g}", Loop(still=share)) for share in (0.1, 0.02)]
     shapes = [(0, 6), (1, 6), (2, 6), (12, 6), (6, 3), (6, 15), (12, 30)]
     found += [Variant("polish, rounds x steps", f"{a} x {b}", polish=Polish(rounds=a, steps=b)) for a, b in shapes]
@@ -188,13 +197,15 @@ def iterate(p: StandardProgram, k: int, settings: Loop) -> Found:
     """The loop of `l0.within_budget` with other settings."""
     start = time.process_time()
     P, N = p.A.shape
-    parts = max(1, min(settings.most_parts, P // max(l0.LEAST_ROWS, settings.rows_per_input * N)))
+    parts = 1 if settings.fixed else max(1, min(settings.most_parts, P // max(l0.LEAST_ROWS, settings.rows_per_input * N)))
     size = 1.0
     while parts > 1 and settings.curvature < math.inf and (size := l0.curvature(p, parts)) > settings.curvature:
         parts //= 2
     relaxation = settings.relaxation if parts == 1 else min(settings.relaxation, max(1.0, settings.stable / size))
     pace = relaxation / l0.RELAXATION
     loop = GramADMM(p, p.U0, relaxation=relaxation)
+    if settings.fixed:
+        loop.refresh()
     mask = UNSTRUCTURED.mask(p.U0, k, p.live)
     loop.D = p.U0 * mask
     beta, iteration, settled = settings.schedule.start, 0, False
@@ -206,7 +217,7 @@ def iterate(p: StandardProgram, k: int, settings: Loop) -> Found:
 
     previous, least, stale = mask, 1.0, 0
     while iteration < MOST_STEPS and not settled:
-        if iteration % settings.every == 0:
+        if not settings.fixed and iteration % settings.every == 0:
             loop.refresh(iteration // settings.every % parts, parts)
         iteration += 1
         loop.majorised_step(keep, beta, settings.weight_ridge)
@@ -232,11 +243,12 @@ def finish(p: StandardProgram, found: Found, settings: Polish) -> tuple[Tensor, 
 
 
 def check_same_loop(p: StandardProgram, k: int) -> None:
-    """Refuses to go on when the loop here, with the defaults, is not the solver's any more."""
-    own, _, _ = finish(p, iterate(p, k, Loop()), Polish())
-    theirs = l0.within_budget(p, k, max_iterations=MOST_STEPS)
-    if not torch.equal(own, p.restore(theirs.U, theirs.c)[0]):
-        raise SystemExit("the study's loop with the defaults does not give what nettrim.solvers.l0 gives: bring it up to date")
+    """Refuses to go on when the loop here, with the defaults or the quick effort's settings, is not the solver's any more."""
+    for variant in (DEFAULT, QUICK):
+        own, _, _ = finish(p, iterate(p, k, variant.loop), variant.polish)
+        theirs = l0.within_budget(p, k, max_iterations=MOST_STEPS, quick=variant is QUICK)
+        if not torch.equal(own, p.restore(theirs.U, theirs.c)[0]):
+            raise SystemExit(f"the study's loop ({variant.group}) does not give what nettrim.solvers.l0 gives: bring it up to date")
 
 
 def measured(layer: Layer, sparsities: Sequence[float], chosen: Sequence[Variant]) -> Iterator[dict[str, Any]]:

@@ -98,6 +98,13 @@ def test_whole_groups(workplace: Path, pattern: str) -> None:
     assert bool((blocks == blocks[:, :1]).all()) and 0 < int(weight.sum()) <= weight.numel() // 2
 
 
+def test_a_quick_effort(workplace: Path) -> None:
+    done = command("--sparsity", "0.7", "--effort", "quick")
+    quick = same_as_library(workplace, done, nettrim.NetTrim(sparsity=0.7, effort="quick"))
+    full = nettrim.prune(small(), [images()], nettrim.NetTrim(sparsity=0.7), progress=False).model.state_dict()
+    assert not torch.equal(quick["first.weight"], full["first.weight"])
+
+
 def test_an_error_for_lobs(workplace: Path) -> None:
     done = command("--method", "lobs", "--error", "first=0.2", "--scheme", "parallel")
     same_as_library(workplace, done, nettrim.LOBS(error={"first": 0.2}), scheme="parallel")

@@ -10,10 +10,11 @@ import pytest
 import torch
 from layer_programs import layer
 
-from nettrim import NetTrim
+from nettrim import LinearADMM, NetTrim
 from nettrim.preimage import RELU
 from nettrim.program import LayerProgram, from_rows, standardise
 from nettrim.solvers import l0
+from nettrim.solvers.admm import GramADMM
 from nettrim.solvers.polish import polish
 from nettrim.solvers.reference import nearest
 
@@ -243,3 +244,35 @@ def test_parts_of_the_rows_come_near_all_of_them() -> None:
     assert l0.row_parts(s).count > 1
     for k in (40, 120, 240):
         assert l0.within_budget(s, k).distance <= 1.02 * l0.within_budget(s, k, parts=l0.Parts()).distance
+
+
+class Counted(GramADMM):
+    """Counts its passes over the rows."""
+
+    passes = 0
+
+    def refresh(self, part: int = 0, parts: int = 1) -> float:
+        Counted.passes += 1
+        return super().refresh(part, parts)
+
+
+@pytest.mark.parametrize("activation, quick, most", [("relu", True, 1), ("identity", False, 1), ("relu", False, None)])
+def test_only_full_effort_on_boxes_passes_over_the_rows_again(
+    activation: str, quick: bool, most: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(l0, "GramADMM", Counted)
+    Counted.passes = 0
+    found = l0.within_budget(standardise(layer(200, 20, 8, activation, seed=3)), 40, quick=quick)
+    assert found.iterations > 10 and Counted.passes == (found.iterations if most is None else most)
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.5])
+@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.95])
+def test_quick_weights_see_the_boxes(sparsity: float, moved: float) -> None:
+    """They miss the boxes by less than the best weights for the original response do, on linear matching's support or on their own."""
+    for seed in range(4):
+        p = layer(600, 30, 12, "relu", seed=seed, noise=moved, dtype=torch.float32)
+        quick, full = (NetTrim(sparsity=sparsity, effort=effort).solve(p, sparsity) for effort in ("quick", "full"))
+        matched = LinearADMM(sparsity=sparsity).solve(p, sparsity)
+        assert quick.distance < p.distance(matched.weights, p.bias)
+        assert quick.distance <= 1.2 * full.distance

@@ -64,6 +64,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"epsilon": 0.1, "gap": 0.0}, "gap"),
     ({"epsilon": 0.1, "gap": 1.0}, "gap"),
     ({"epsilon": 0.1, "max_iterations": 0}, "max_iterations"),
+    ({"sparsity": 0.1, "effort": "hasty"}, "effort must be 'full' or 'quick', found 'hasty'"),
+    ({"epsilon": 0.1, "effort": "quick"}, "effort='quick' needs norm='l0'"),
+    ({"epsilon": 0.1, "program": "halfspace", "effort": "quick"}, "effort='quick' needs norm='l0'"),
 ]
 
 
@@ -119,6 +122,28 @@ def test_tolerance(activation: str, norm: Any) -> None:
         assert float(solution.weights.double().abs().sum()) <= 1.01 * optimum
     else:
         assert solution.gap is None
+
+
+QUICK: list[dict[str, Any]] = [{"sparsity": 0.6}, {"pattern": "2:4"}, {"epsilon": 0.2, "norm": "l0"}, {"penalty": 0.3, "norm": "l0"}]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("target", QUICK, ids=[str(one) for one in QUICK])
+@pytest.mark.parametrize("activation", ["relu", "identity", "hardtanh", "leaky"])
+def test_a_quick_effort_meets_every_target(activation: str, target: dict[str, Any], bias: bool) -> None:
+    p = layer(120, 16, 6, activation, bias=bias, seed=2, dtype=torch.float32)
+    full, quick = NetTrim(**target), NetTrim(**target, effort="quick")
+    a, b = (method.solve(p, float(method.targets)) for method in (full, quick))
+    check(p, b)
+    assert b.iterations < a.iterations
+    if full.kind == "sparsity":
+        assert count(b) == count(a) and b.distance <= 1.25 * a.distance
+    elif full.kind == "epsilon":
+        assert b.status is Status.CONVERGED and b.distance <= 0.2 * p.reference_norm and count(b) <= 1.15 * count(a)
+    else:
+        value, least = (s.distance**2 / 2 + 0.3 * count(s) for s in (b, a))
+        assert value <= 1.1 * least
+    assert "quick" in quick.describe() and "quick" not in full.describe()
 
 
 def test_polish_lowers_the_distance_on_the_same_support() -> None:

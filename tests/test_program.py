@@ -9,6 +9,7 @@ import pytest
 import torch
 from layer_programs import ACTIVATIONS, layer
 
+from nettrim import program
 from nettrim.preimage import IDENTITY, RELU
 from nettrim.program import LayerProgram, Moments, dead_inputs, from_rows, standardise
 from nettrim.status import InvalidInput
@@ -219,3 +220,37 @@ def test_a_ridge_adds_the_distance_of_the_weights_and_leaves_dead_inputs_dead() 
     inputs = p.inputs.clone()
     inputs[:, 2] = 3.0
     assert standardise(replace(p, inputs=inputs), ridge=0.01).live.tolist() == [True, True, False, True, True, True]
+
+
+@pytest.mark.parametrize("shuffled", [True, False])
+@pytest.mark.parametrize("ridge", [0.0, 0.01])
+@pytest.mark.parametrize("bias", [True, False])
+def test_standardising_in_blocks_of_rows(bias: bool, ridge: float, shuffled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many blocks give what one gives, and what the definitions give, rows apart, with a dead input and one that is nearly constant."""
+    p = layer(150, 7, 4, bias=bias, seed=6)
+    inputs = p.inputs.clone()
+    inputs[:, 3] = 0.0
+    inputs[:, 5] = 40.0 + 0.1 * inputs[:, 5]
+    p = replace(p, inputs=inputs)
+    whole = standardise(p, ridge=ridge, shuffled=shuffled)
+    monkeypatch.setattr(program, "BLOCK_ENTRIES", 1)  # 64 rows at least
+    s = standardise(p, ridge=ridge, shuffled=shuffled)
+    for name in ("A", "lo", "hi", "scale", "gram", "U0", "values"):
+        assert torch.allclose(getattr(s, name), getattr(whole, name), rtol=1e-12, atol=1e-12), name
+    live = [0, 1, 2, 4, 5, 6]
+    assert s.live.nonzero().flatten().tolist() == live
+    A = inputs[:, live] - inputs[:, live].mean(0) if bias else inputs[:, live]
+    weight = ridge * float(A.square().sum(0).mean())
+    scale = (A.square().sum(0) + weight).sqrt()
+    rows = torch.cat([A, weight**0.5 * torch.eye(6, dtype=torch.float64)]) if ridge else A
+    wanted = torch.cat([rows / scale, torch.cat([p.lo, weight**0.5 * p.weights[live]]) if ridge else p.lo], 1)
+    wanted[wanted == -math.inf] = -1e3
+    own = torch.cat([s.A, s.lo], 1)
+    own[own == -math.inf] = -1e3
+
+    def ordered(values: torch.Tensor) -> torch.Tensor:
+        return values[(values @ normal(7, values.shape[1])).argsort()]  # the ridge's rows have zeros in common
+
+    assert torch.allclose(ordered(own), ordered(wanted), rtol=1e-12, atol=1e-12)
+    assert torch.allclose(s.gram, (rows / scale).T @ (rows / scale), rtol=1e-12, atol=1e-12)
+    assert torch.allclose(s.scale, scale)
