@@ -55,7 +55,7 @@ def curvature(p: StandardProgram, parts: int, steps: int = 15) -> float:
 
 def curvatures(layer: LayerProgram, name: str, sparsity: float = 0.9) -> list[dict[str, Any]]:
     """Curvature and distance reached, for several numbers of parts whatever their rows."""
-    p = standardise(layer, power=1.0, ridge=NetTrim.ridge, shuffled=True)
+    p = standardise(layer, power=1.0, ridge=NetTrim.ridge, shuffled=True, rough=True)
     found: list[dict[str, Any]] = []
     for parts in PARTS:
         settings = Loop(most_parts=parts, rows_per_input=0, curvature=math.inf, relaxation=1.0, still=CALM)

@@ -54,7 +54,7 @@ MOST_STEPS = 500
 
 SLOW = Schedule(0.02, ((0.1, 1.08), (0.005, 1.05), (0.0, 1.03)))
 QUICKER = Schedule(0.05, ((0.1, 1.2), (0.005, 1.15), (0.0, 1.08)))
-ALPS = l0.QUICK
+ALPS = Schedule(0.1, ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1)))
 STILL = l0.NEARLY_STILL
 
 
@@ -105,13 +105,17 @@ def variants() -> list[Variant]:
     schedules = {"slow": SLOW, "brisk": BRISK, "quicker": QUICKER, "ALPS's": ALPS}
     schedules["careful from 0.1"] = replace(CAREFUL, start=0.1)
     found += [Variant("schedule", name, Loop(schedule=one)) for name, one in schedules.items()]
+    for last in (1.045, 1.085, 1.2):  # the factor when next to nothing changes
+        found.append(
+            Variant("last factor of the schedule", f"{last:g}", Loop(schedule=replace(CAREFUL, growth=(*CAREFUL.growth[:2], (0.0, last)))))
+        )
     found += [Variant("relaxation", f"{a:g}", Loop(relaxation=a)) for a in (1.0, 1.25, 1.8)]
     found += [Variant("relaxation times curvature, at most", f"{a:g}", Loop(stable=a)) for a in (1.0, 2.4, 10.0)]
     found += [Variant("slow without relaxation", "", Loop(schedule=SLOW, relaxation=1.0, rows_per_input=3), Polish(gain=1e-3))]
     found += [Variant("parts of the rows, at most", str(n), Loop(most_parts=n)) for n in (1, 2, 4, 16)]
     found += [Variant("rows of a part, for each input", str(n), Loop(rows_per_input=n)) for n in (1, 3, 5)]
     found += [Variant("all rows in every r-th step", f"r = {n}", Loop(most_parts=1, every=n)) for n in (2, 4, 8)]
-    for schedule, name in ((l0.QUICK, "ALPS's schedule"), (BRISK, "brisk")):
+    for schedule, name in ((l0.QUICK, "quick"), (BRISK, "brisk")):
         for rounds, steps in ((1, 4), (2, 2), (2, 4), l0.POLISH):
             found.append(
                 Variant("target fixed, polish", f"{name}, {rounds} x {steps}", Loop(schedule=schedule, fixed=True), Polish(rounds, steps))
@@ -256,7 +260,7 @@ def measured(layer: Layer, sparsities: Sequence[float], chosen: Sequence[Variant
     standard: dict[float, tuple[StandardProgram, float]] = {}
     for ridge in sorted({variant.loop.own_ridge for variant in chosen}, key=lambda size: size != DEFAULT.loop.own_ridge):
         start = time.process_time()
-        standard[ridge] = standardise(layer.seen, power=1.0, ridge=ridge, shuffled=True), 0.0
+        standard[ridge] = standardise(layer.seen, power=1.0, ridge=ridge, shuffled=True, rough=True), 0.0
         standard[ridge] = standard[ridge][0], time.process_time() - start
     for sparsity in sparsities:
         k = round((1 - sparsity) * layer.seen.weights.numel())
@@ -395,7 +399,7 @@ def main() -> None:
     console.print(f"{len(layers)} programs, made in {time.process_time():.0f} CPU seconds")
     chosen = variants()
     first = layers[0].seen
-    check_same_loop(standardise(first, power=1.0, ridge=NetTrim.ridge, shuffled=True), round(0.1 * first.weights.numel()))
+    check_same_loop(standardise(first, power=1.0, ridge=NetTrim.ridge, shuffled=True, rough=True), round(0.1 * first.weights.numel()))
     facts: dict[str, Any] = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "settings": [asdict(one) for one in chosen]}
     rows: list[dict[str, Any]] = []
     for layer in layers:

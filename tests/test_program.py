@@ -210,7 +210,7 @@ def test_compressed_distances_allow_for_what_was_dropped(bias: bool) -> None:
 
 def test_a_ridge_adds_the_distance_of_the_weights_and_leaves_dead_inputs_dead() -> None:
     p = layer(40, 6, 3, seed=2)
-    s = standardise(p, torch.float64, ridge=0.01, shuffled=True)
+    s = standardise(p, torch.float64, ridge=0.01, shuffled=True, rough=True)
     centred = p.inputs - p.inputs.mean(0)
     weight = 0.01 * float(centred.square().sum(0).mean())
     V = p.weights + normal(5, 6, 3)
@@ -222,19 +222,20 @@ def test_a_ridge_adds_the_distance_of_the_weights_and_leaves_dead_inputs_dead() 
     assert standardise(replace(p, inputs=inputs), ridge=0.01).live.tolist() == [True, True, False, True, True, True]
 
 
+@pytest.mark.parametrize("rough", [True, False])
 @pytest.mark.parametrize("shuffled", [True, False])
 @pytest.mark.parametrize("ridge", [0.0, 0.01])
 @pytest.mark.parametrize("bias", [True, False])
-def test_standardising_in_blocks_of_rows(bias: bool, ridge: float, shuffled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standardising_in_blocks_of_rows(bias: bool, ridge: float, shuffled: bool, rough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks give what one gives, and what the definitions give, rows apart, with a dead input and one that is nearly constant."""
     p = layer(150, 7, 4, bias=bias, seed=6)
     inputs = p.inputs.clone()
     inputs[:, 3] = 0.0
     inputs[:, 5] = 40.0 + 0.1 * inputs[:, 5]
     p = replace(p, inputs=inputs)
-    whole = standardise(p, ridge=ridge, shuffled=shuffled)
+    whole = standardise(p, ridge=ridge, shuffled=shuffled, rough=rough)
     monkeypatch.setattr(program, "BLOCK_ENTRIES", 1)  # 64 rows at least
-    s = standardise(p, ridge=ridge, shuffled=shuffled)
+    s = standardise(p, ridge=ridge, shuffled=shuffled, rough=rough)
     for name in ("A", "lo", "hi", "scale", "gram", "U0", "values"):
         assert torch.allclose(getattr(s, name), getattr(whole, name), rtol=1e-12, atol=1e-12), name
     live = [0, 1, 2, 4, 5, 6]

@@ -66,7 +66,7 @@ def error_curve(method: Method, task: LayerTask, name: str, cost: float) -> Curv
 def _errors(method: Method, program: LayerProgram, kept: Sequence[int]) -> NDArray[np.float64]:
     h = program.importance
     if isinstance(method, NetTrim):
-        standard = standardise(program, ridge=method.ridge, shuffled=True, weighted=True)
+        standard = standardise(program, ridge=method.ridge, shuffled=True, rough=True, weighted=True)
         squares = np.square(l0.path(standard, kept))
         return squares * (1 / program.reference_norm**2 if h is None else float(h.mean()) / program.rows)
     found = []

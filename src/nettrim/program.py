@@ -365,6 +365,7 @@ def standardise(
     power: float = 1.0,
     ridge: float = 0.0,
     shuffled: bool = False,
+    rough: bool = False,
     weighted: bool = False,
 ) -> StandardProgram:
     """Eliminates the bias, scales the inputs, removes the dead ones and decomposes the Gram matrix (design section 3).
@@ -375,8 +376,9 @@ def standardise(
     ``ridge`` adds that share of the mean diagonal of the Gram matrix (dead inputs left out) times ``||W - W0||_F^2`` to the squared
     distance, as further rows: it keeps weights of inputs that hardly vary on the calibration data, and may vary elsewhere, from
     growing. Distances of ``source`` do not contain it. ``shuffled`` puts the rows in an order that is random and always the same, so
-    that any run of them is a fair sample, and forms the Gram matrix in the working dtype, which is enough for budgets. ``weighted``
-    multiplies outputs by the root of their importance (of mean square 1, and never below a thirtieth), where the program knows it.
+    that any run of them is a fair sample. ``rough`` forms the Gram matrix in the working dtype, which is enough for budgets.
+    ``weighted`` multiplies outputs by the root of their importance (of mean square 1, and never below a thirtieth), where the program
+    knows it.
     """
     dtype = dtype or (torch.float64 if program.dtype == torch.float64 else torch.float32)
     e = program.bias_column
@@ -408,13 +410,13 @@ def standardise(
     for rows, centred in _centred_blocks(program, mean):
         block = (centred if all_live else centred[:, live]).div_(scale)
         A[rows if isinstance(place, slice) else place[rows]] = block.to(dtype)
-        if not shuffled:
+        if not rough:
             gram.addmm_(block.T, block)
     if extra:
         own = torch.diag(size / scale)
         A[slice(P, None) if isinstance(place, slice) else place[P:]] = own.to(dtype)
         gram += own.square()
-    if shuffled:  # budgets bear the rounding of the working dtype in the Gram matrix
+    if rough:
         gram = (A.T @ A).double()
 
     def placed(values: Tensor, further: Tensor) -> Tensor:

@@ -206,7 +206,9 @@ class NetTrim:
         if self.chosen_norm == "l1":
             standard = standardise(program, power=0.5)
         else:
-            standard = standardise(program, power=1.0, ridge=self.ridge, shuffled=True, weighted=self.weighs_outputs)
+            # a quick effort never looks at a part of the rows
+            shuffled, weighted = not self._quick, self.weighs_outputs
+            standard = standardise(program, power=1.0, ridge=self.ridge, shuffled=shuffled, rough=True, weighted=weighted)
         if self.kind == "epsilon":
             return self._within_tolerance(standard, target, factor, watch)
         if self.kind == "penalty":

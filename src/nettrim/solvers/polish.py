@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def polish(
         Z, residual, gained, best = trial, trial_residual, (best - value) / best, value
         if gained < tolerance:
             break
-    return U, c, p.distance(U, c)
+    return U, c, math.hypot(best, math.sqrt(p.unreachable))
 
 
 def _newton_direction(
