@@ -103,6 +103,7 @@ def runs(sparsity: float) -> list[Run]:
     found += [Run(name, getattr(methods, name)(sparsity=sparsity)) for name in OTHERS if hasattr(methods, name)]
     return [
         *found,
+        Run(f"{FULL}, quick", nettrim.NetTrim(sparsity=sparsity, effort="quick")),
         Run(f"{FULL}, {MORE_IMAGES:,} images", ours, images=MORE_IMAGES),
         Run(f"{FULL}, one sweep", ours, options={"sweeps": 1}),
         Run(f"{FULL}, global", ours, options={"allocation": "global"}),

@@ -60,17 +60,17 @@ STILL = l0.NEARLY_STILL
 
 @dataclass(frozen=True)
 class Loop:
-    """Settings of the iteration. ``every``: the nearest points are taken anew in every so-manieth step only. ``fixed``: they are those
-    of the original weights throughout."""
+    """Settings of the iteration. ``first``: of the stage with targets that stay, ``None`` for none; ``schedule``: of the stage with
+    targets that move, ``None`` for none. ``every``: the nearest points are taken anew in every so-manieth step of it only."""
 
-    schedule: Schedule = CAREFUL
+    first: Schedule | None = l0.QUICK
+    schedule: Schedule | None = CAREFUL
     most_parts: int = l0.MOST_PARTS
     rows_per_input: int = l0.ROWS_PER_INPUT
     curvature: float = l0.MOST_CURVATURE  # of a part, at most
     relaxation: float = l0.RELAXATION  # at most; and relaxation times curvature:
     stable: float = l0.STABLE
     every: int = 1
-    fixed: bool = False
     still: float = STILL
     weight_ridge: float = l0.RIDGE
     own_ridge: float = NetTrim.ridge
@@ -96,30 +96,35 @@ class Variant:
 
 
 DEFAULT = Variant("base", "")
-QUICK = Variant('effort="quick"', "", Loop(schedule=l0.QUICK, fixed=True), Polish(*l0.POLISH_QUICK))
+QUICK = Variant('effort="quick"', "", Loop(schedule=None), Polish(*l0.POLISH_QUICK))
 
 
 def variants() -> list[Variant]:
     """The base, then every other value of each choice by itself."""
     found = [DEFAULT]
     schedules = {"slow": SLOW, "brisk": BRISK, "quicker": QUICKER, "ALPS's": ALPS}
-    schedules["careful from 0.1"] = replace(CAREFUL, start=0.1)
-    found += [Variant("schedule", name, Loop(schedule=one)) for name, one in schedules.items()]
+    schedules |= {f"from {start:g}": replace(CAREFUL, start=start) for start in (0.03, 0.1, 0.3, 1.0)}
+    found += [Variant("schedule of the second stage", name, Loop(schedule=one)) for name, one in schedules.items()]
+    firsts = {"none": None, "ALPS's": ALPS, "slow": l0.POINTS}
+    found += [Variant("first stage", name, Loop(first=one)) for name, one in firsts.items()]
+    low = replace(CAREFUL, start=0.03)
+    found += [Variant("first stage", "none, second from 0.03", Loop(first=None, schedule=low))]
+    found += [Variant("first stage", "slow, second from 0.03", Loop(first=l0.POINTS, schedule=low))]
     for last in (1.045, 1.085, 1.2):  # the factor when next to nothing changes
         found.append(
-            Variant("last factor of the schedule", f"{last:g}", Loop(schedule=replace(CAREFUL, growth=(*CAREFUL.growth[:2], (0.0, last)))))
+            Variant(
+                "last factor of the second stage", f"{last:g}", Loop(schedule=replace(CAREFUL, growth=(*CAREFUL.growth[:2], (0.0, last))))
+            )
         )
     found += [Variant("relaxation", f"{a:g}", Loop(relaxation=a)) for a in (1.0, 1.25, 1.8)]
     found += [Variant("relaxation times curvature, at most", f"{a:g}", Loop(stable=a)) for a in (1.0, 2.4, 10.0)]
-    found += [Variant("slow without relaxation", "", Loop(schedule=SLOW, relaxation=1.0, rows_per_input=3), Polish(gain=1e-3))]
     found += [Variant("parts of the rows, at most", str(n), Loop(most_parts=n)) for n in (1, 2, 4, 16)]
     found += [Variant("rows of a part, for each input", str(n), Loop(rows_per_input=n)) for n in (1, 3, 5)]
     found += [Variant("all rows in every r-th step", f"r = {n}", Loop(most_parts=1, every=n)) for n in (2, 4, 8)]
-    for schedule, name in ((l0.QUICK, "quick"), (BRISK, "brisk")):
+    for first, name in ((l0.QUICK, "quick"), (l0.POINTS, "slow")):
         for rounds, steps in ((1, 4), (2, 2), (2, 4), l0.POLISH):
-            found.append(
-                Variant("target fixed, polish", f"{name}, {rounds} x {steps}", Loop(schedule=schedule, fixed=True), Polish(rounds, steps))
-            )
+            loop = Loop(first=first, schedule=None)
+            found.append(Variant("no second stage; polish", f"{name}, {rounds} x {steps}", loop, Polish(rounds, steps)))
     found.append(QUICK)
     found += [Variant("support nearly still below", f"{share:g}", Loop(still=share)) for share in (0.1, 0.02)]
     shapes = [(0, 6), (1, 6), (2, 6), (12, 6), (6, 3), (6, 15), (12, 30)]
@@ -198,21 +203,32 @@ class Found:
 
 
 def iterate(p: StandardProgram, k: int, settings: Loop) -> Found:
-    """The loop of `l0.within_budget` with other settings."""
+    """The stages of `l0.within_budget` with other settings."""
     start = time.process_time()
-    P, N = p.A.shape
-    parts = 1 if settings.fixed else max(1, min(settings.most_parts, P // max(l0.LEAST_ROWS, settings.rows_per_input * N)))
-    size = 1.0
-    while parts > 1 and settings.curvature < math.inf and (size := l0.curvature(p, parts)) > settings.curvature:
-        parts //= 2
-    relaxation = settings.relaxation if parts == 1 else min(settings.relaxation, max(1.0, settings.stable / size))
-    pace = relaxation / l0.RELAXATION
-    loop = GramADMM(p, p.U0, relaxation=relaxation)
-    if settings.fixed:
-        loop.refresh()
+    loop = GramADMM(p, p.U0, relaxation=l0.RELAXATION)
+    loop.refresh()
     mask = UNSTRUCTURED.mask(p.U0, k, p.live)
     loop.D = p.U0 * mask
-    beta, iteration, settled = settings.schedule.start, 0, False
+    iterations, settled = 0, True
+    if settings.first is not None:
+        mask, iterations, settled = run_stage(loop, mask, k, settings, settings.first, 0)
+    if settings.schedule is not None:
+        P, N = p.A.shape
+        parts = max(1, min(settings.most_parts, P // max(l0.LEAST_ROWS, settings.rows_per_input * N)))
+        size = 1.0
+        while parts > 1 and settings.curvature < math.inf and (size := l0.curvature(p, parts)) > settings.curvature:
+            parts //= 2
+        loop.relaxation = settings.relaxation if parts == 1 else min(settings.relaxation, max(1.0, settings.stable / size))
+        loop.V.zero_()
+        mask, further, settled = run_stage(loop, mask, k, settings, settings.schedule, parts)
+        iterations += further
+    return Found(loop.D, loop.c, mask, iterations, settled, time.process_time() - start)
+
+
+def run_stage(loop: GramADMM, mask: Tensor, k: int, settings: Loop, schedule: Schedule, parts: int) -> tuple[Tensor, int, bool]:
+    """One stage, with targets that move by that many parts of the rows; none: with targets that stay."""
+    p, pace = loop.program, loop.relaxation / l0.RELAXATION
+    beta, iteration, settled = schedule.start, 0, False
 
     def keep(V: Tensor) -> Tensor:
         nonlocal mask
@@ -221,7 +237,7 @@ def iterate(p: StandardProgram, k: int, settings: Loop) -> Found:
 
     previous, least, stale = mask, 1.0, 0
     while iteration < MOST_STEPS and not settled:
-        if not settings.fixed and iteration % settings.every == 0:
+        if parts and iteration % settings.every == 0:
             loop.refresh(iteration // settings.every % parts, parts)
         iteration += 1
         loop.majorised_step(keep, beta, settings.weight_ridge)
@@ -229,13 +245,13 @@ def iterate(p: StandardProgram, k: int, settings: Loop) -> Found:
             continue
         changed = int((mask & ~previous).sum()) / max(k, 1)
         previous = mask
-        factor = next(growth for share, growth in settings.schedule.growth if changed > share or share == 0.0) ** pace
+        factor = next(growth for share, growth in schedule.growth if changed > share or share == 0.0) ** pace
         stale = 0 if changed < l0.FALLS * least else stale + 1
         least = min(least, changed)
         settled = changed == 0.0 or (parts > 1 and stale >= l0.PATIENCE and least < settings.still)
         beta *= factor
         loop.V /= factor
-    return Found(loop.D, loop.c, mask, iteration, settled, time.process_time() - start)
+    return mask, iteration, settled
 
 
 def finish(p: StandardProgram, found: Found, settings: Polish) -> tuple[Tensor, Tensor | None, float]:

@@ -29,6 +29,7 @@ EVEN = {"1": 0.95, "3": 0.95, "5": 0.80}
 OVERALL = 1 - (4704 + 1500 + 200) / 266_200  # as many zeros as BUDGET gives
 RUNS: dict[str, dict[str, Any]] = {
     "98/95/80 %, Net-Trim l0": {"method": nettrim.NetTrim(sparsity=BUDGET)},
+    "98/95/80 %, Net-Trim l0, quick": {"method": nettrim.NetTrim(sparsity=BUDGET, effort="quick")},
     "98/95/80 %, Net-Trim l0, parallel": {"method": nettrim.NetTrim(sparsity=BUDGET), "scheme": "parallel"},
     "98/95/80 %, Net-Trim l0, outputs alike": {"method": nettrim.NetTrim(sparsity=BUDGET, importance="uniform")},
     "98/95/80 %, Net-Trim l0, 3 sweeps": {"method": nettrim.NetTrim(sparsity=BUDGET), "sweeps": 3},
@@ -37,6 +38,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "97.6 % in all, Net-Trim l0, global, 3 sweeps": {"method": nettrim.NetTrim(sparsity=OVERALL), "allocation": "global", "sweeps": 3},
     "97.6 % in all, magnitude, global": {"method": nettrim.Magnitude(sparsity=OVERALL), "allocation": "global"},
     "95/95/80 %, Net-Trim l0": {"method": nettrim.NetTrim(sparsity=EVEN)},
+    "95/95/80 %, Net-Trim l0, quick": {"method": nettrim.NetTrim(sparsity=EVEN, effort="quick")},
     "95/95/80 %, Net-Trim l0, 3 sweeps": {"method": nettrim.NetTrim(sparsity=EVEN), "sweeps": 3},
     "95/95/80 %, Net-Trim l0, fine-tuned": {"method": nettrim.NetTrim(sparsity=EVEN), "loss": "mse"},
     "95/95/80 %, Net-Trim l0, 3 sweeps, fine-tuned": {"method": nettrim.NetTrim(sparsity=EVEN), "sweeps": 3, "loss": "kl"},

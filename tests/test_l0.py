@@ -224,9 +224,11 @@ def test_steps_are_relaxed_no_further_than_the_curvature_allows() -> None:
     s = standardise(from_rows(inputs, RELU.apply(inputs @ p.weights + p.bias), RELU, p.weights, p.bias), ridge=0.001, shuffled=True)
     parts = l0.row_parts(s)
     assert parts.count == 2 and 1.0 <= parts.relaxation <= max(1.0, l0.STABLE / l0.curvature(s, 2))
-    whole = l0.within_budget(s, 200, parts=l0.Parts()).distance
+    low = replace(l0.CAREFUL, start=0.01)  # the smaller the penalty, the less it damps
+    whole = l0.within_budget(s, 200, parts=l0.Parts(), schedule=low).distance
+    assert l0.within_budget(s, 200, schedule=low).distance <= 1.1 * whole
     assert l0.within_budget(s, 200).distance <= 1.1 * whole
-    assert l0.within_budget(s, 200, parts=l0.Parts(2, 1.5)).distance > 1.5 * whole  # so that the limit is what keeps it
+    assert l0.within_budget(s, 200, parts=l0.Parts(2, 1.5), schedule=low).distance > 1.5 * whole  # so that the limit is what keeps it
 
 
 @pytest.mark.parametrize("parts", [2, 5])
@@ -256,14 +258,15 @@ class Counted(GramADMM):
         return super().refresh(part, parts)
 
 
-@pytest.mark.parametrize("activation, quick, most", [("relu", True, 1), ("identity", False, 1), ("relu", False, None)])
+@pytest.mark.parametrize("activation, quick, again", [("relu", True, False), ("identity", False, False), ("relu", False, True)])
 def test_only_full_effort_on_boxes_passes_over_the_rows_again(
-    activation: str, quick: bool, most: int | None, monkeypatch: pytest.MonkeyPatch
+    activation: str, quick: bool, again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(l0, "GramADMM", Counted)
     Counted.passes = 0
     found = l0.within_budget(standardise(layer(200, 20, 8, activation, seed=3)), 40, quick=quick)
-    assert found.iterations > 10 and Counted.passes == (found.iterations if most is None else most)
+    assert found.iterations > 10
+    assert 10 < Counted.passes < found.iterations if again else Counted.passes == 1
 
 
 @pytest.mark.parametrize("moved", [0.0, 0.5])

@@ -42,9 +42,10 @@ class Schedule:
     growth: tuple[tuple[float, float], ...]
 
 
-CAREFUL = Schedule(0.03, ((0.1, 1.13), (0.005, 1.085), (0.0, 1.13)))  # one budget
-BRISK = Schedule(0.03, ((0.1, 1.15), (0.005, 1.10), (0.0, 1.2)))  # searches, which solve many budgets, and points
-QUICK = Schedule(0.1, ((0.1, 1.3), (0.005, 1.2), (0.0, 1.3)))  # nearly ALPS's
+POINTS = Schedule(0.03, ((0.1, 1.15), (0.005, 1.10), (0.0, 1.2)))  # targets that never move
+QUICK = Schedule(0.1, ((0.1, 1.3), (0.005, 1.2), (0.0, 1.3)))  # targets that do not move yet; nearly ALPS's
+CAREFUL = Schedule(0.2, ((0.1, 1.13), (0.005, 1.085), (0.0, 1.13)))  # then moving ones, for one budget
+BRISK = Schedule(0.2, ((0.1, 1.15), (0.005, 1.10), (0.0, 1.2)))  # or in searches, which solve many
 RELAXATION = 1.5  # of the weight step, at most: the same distance in fewer iterations; more of it settles late at low sparsity
 STABLE = 1.9  # relaxation times curvature, at most: at 2, errors in the direction that a part sees too large turn over without falling
 
@@ -94,55 +95,81 @@ def within_budget(
 ) -> L0Result:
     """``min dist(A W + e b^T, [lo, hi])  subject to  ||W||_0 <= k, W in the pattern`` (design section 3).
 
-    ADMM on the majorised distance, whose gradient is taken from a part of the rows in each iteration where there are many, with a
-    penalty that grows as the support settles, from a small ``ridge`` towards the original weights (in units of the mean diagonal of the
-    Gram matrix, which is 1), then the polish on the support that was found. Where all boxes are points the target never moves, and the
-    iterations do without the rows. With ``quick`` the same is done to any boxes: the target stays where the original weights have it
-    while the support is chosen, and only the polish, which is shorter, sees the boxes. ``schedule``: by default ``CAREFUL``; ``BRISK``
-    where all boxes are points, and ``QUICK`` with ``quick``. ``parts``: what :func:`row_parts` gives, where that is known already.
+    ADMM on the majorised distance, with a penalty that grows as the support settles and a small ``ridge`` towards the original weights
+    (in units of the mean diagonal of the Gram matrix, which is 1); in three stages. First the target stays at the points of the boxes
+    that are nearest to the original weights' response: these iterations do without the rows. Then, from a low penalty again, it moves
+    with the weights, by a part of the rows in each iteration where there are many. Last the polish on the support that was found. Where
+    all boxes are points, and with ``quick``, the second stage is left out; with ``quick`` the others are shorter.
+
+    The first stage is worth more than its time: without it the second ends at slightly less distance on the rows at hand, and at more
+    on others (docs/solver_study.md). ``schedule`` is the second stage's, ``CAREFUL`` by default. ``parts``: what :func:`row_parts`
+    gives, where that is known already.
     """
     p = program
     k = min(k, pattern.capacity(p.live, p.U0.shape[1]))
     points = bool(torch.equal(p.lo, p.hi))
-    fixed = points or quick
-    parts = Parts() if fixed else parts or row_parts(p)
-    schedule = schedule or (QUICK if quick else BRISK if points else CAREFUL)
     if ridge is None:
         ridge = RIDGE_POINTS if points else RIDGE
-    loop = GramADMM(p, p.U0, relaxation=parts.relaxation)
-    if fixed:
-        loop.refresh()
+    loop = GramADMM(p, p.U0, relaxation=RELAXATION)
+    loop.refresh()
     mask = pattern.mask(p.U0, k, p.live)
     loop.D = p.U0 * mask
-    beta, iteration, settled = schedule.start, 0, False
-    pace = parts.relaxation / RELAXATION  # smaller steps, slower growth
+    stage = _Stage(k, ridge, pattern, watch)
+    first = POINTS if points and not quick else QUICK
+    mask, iterations, settled = stage.run(loop, mask, first, max_iterations, None)
+    if not points and not quick:
+        parts = parts or row_parts(p)
+        loop.V.zero_()
+        loop.relaxation = parts.relaxation
+        mask, further, settled = stage.run(loop, mask, schedule or CAREFUL, max_iterations - iterations, parts)
+        iterations += further
+    rounds, steps = POLISH_QUICK if quick and not points else POLISH_POINTS if points else POLISH
+    rounds = rounds if polished else 0
+    U, c, distance = polish(p, loop.D, loop.c, support=mask, rounds=rounds, steps=steps, tolerance=POLISH_GAIN)
+    return L0Result(U, c, k, distance, iterations, settled)
 
-    def keep(V: Tensor) -> Tensor:
-        nonlocal mask
-        mask = pattern.mask(V, k, p.live)
-        return V * mask
 
-    previous, least, stale, reached = mask, 1.0, 0, 0.0
-    while iteration < max_iterations and not settled:
-        if not fixed:
-            reached = loop.refresh(iteration % parts.count, parts.count)
-        iteration += 1
-        loop.majorised_step(keep, beta, ridge)
-        if iteration % CHECK_EVERY == 0:
-            changed = int((mask & ~previous).sum()) / max(k, 1)
-            previous = mask
-            factor = next(growth for share, growth in schedule.growth if changed > share or share == 0.0) ** pace
-            stale = 0 if changed < FALLS * least else stale + 1
-            least = min(least, changed)
-            settled = changed == 0.0 or (parts.count > 1 and stale >= PATIENCE and least < NEARLY_STILL)
-            beta *= factor
-            loop.V /= factor  # the multiplier itself stays
-            if watch is not None:
-                now = p.distance(loop.D, loop.c) if fixed else math.hypot(reached, math.sqrt(p.unreachable))
-                watch(iteration, now, k / max(p.source.weights.numel(), 1))
-    rounds, steps = POLISH_POINTS if points else POLISH_QUICK if quick else POLISH
-    U, c, distance = polish(p, loop.D, loop.c, support=mask, rounds=rounds if polished else 0, steps=steps, tolerance=POLISH_GAIN)
-    return L0Result(U, c, k, distance, iteration, settled)
+@dataclass(frozen=True)
+class _Stage:
+    """What the stages have in common."""
+
+    k: int
+    ridge: float
+    pattern: Pattern
+    watch: Watch | None
+
+    def run(self, loop: GramADMM, mask: Tensor, schedule: Schedule, most: int, parts: Parts | None) -> tuple[Tensor, int, bool]:
+        """Iterates until the support ``mask`` is settled, with targets that move by ``parts`` of the rows, or stay. Returns the support,
+        the iterations, and whether it settled."""
+        p = loop.program
+        count = 1 if parts is None else parts.count
+        pace = loop.relaxation / RELAXATION  # smaller steps, slower growth
+        beta, iteration, settled = schedule.start, 0, False
+
+        def keep(V: Tensor) -> Tensor:
+            nonlocal mask
+            mask = self.pattern.mask(V, self.k, p.live)
+            return V * mask
+
+        previous, least, stale, reached = mask, 1.0, 0, 0.0
+        while iteration < most and not settled:
+            if parts is not None:
+                reached = loop.refresh(iteration % count, count)
+            iteration += 1
+            loop.majorised_step(keep, beta, self.ridge)
+            if iteration % CHECK_EVERY == 0:
+                changed = int((mask & ~previous).sum()) / max(self.k, 1)
+                previous = mask
+                factor = next(growth for share, growth in schedule.growth if changed > share or share == 0.0) ** pace
+                stale = 0 if changed < FALLS * least else stale + 1
+                least = min(least, changed)
+                settled = changed == 0.0 or (count > 1 and stale >= PATIENCE and least < NEARLY_STILL)
+                beta *= factor
+                loop.V /= factor  # the multiplier itself stays
+                if self.watch is not None:
+                    now = p.distance(loop.D, loop.c) if parts is None else math.hypot(reached, math.sqrt(p.unreachable))
+                    self.watch(iteration, now, self.k / max(p.source.weights.numel(), 1))
+        return mask, iteration, settled
 
 
 def path(program: StandardProgram, budgets: Sequence[int], *, ridge: float = RIDGE) -> list[float]:
