@@ -103,7 +103,7 @@ def variants() -> list[Variant]:
     """The base, then every other value of each choice by itself."""
     found = [DEFAULT]
     schedules = {"slow": SLOW, "brisk": BRISK, "quicker": QUICKER, "ALPS's": ALPS}
-    schedules |= {f"from {start:g}": replace(CAREFUL, start=start) for start in (0.03, 0.1, 0.3, 1.0)}
+    schedules |= {f"from {start:g}": replace(CAREFUL, start=start) for start in (0.03, 0.3, 1.0)}
     found += [Variant("schedule of the second stage", name, Loop(schedule=one)) for name, one in schedules.items()]
     firsts = {"none": None, "ALPS's": ALPS, "slow": l0.POINTS}
     found += [Variant("first stage", name, Loop(first=one)) for name, one in firsts.items()]

@@ -44,8 +44,8 @@ class Schedule:
 
 POINTS = Schedule(0.03, ((0.1, 1.15), (0.005, 1.10), (0.0, 1.2)))  # targets that never move
 QUICK = Schedule(0.1, ((0.1, 1.3), (0.005, 1.2), (0.0, 1.3)))  # targets that do not move yet; nearly ALPS's
-CAREFUL = Schedule(0.2, ((0.1, 1.13), (0.005, 1.085), (0.0, 1.13)))  # then moving ones, for one budget
-BRISK = Schedule(0.2, ((0.1, 1.15), (0.005, 1.10), (0.0, 1.2)))  # or in searches, which solve many
+CAREFUL = Schedule(0.1, ((0.1, 1.13), (0.005, 1.085), (0.0, 1.13)))  # then moving ones, for one budget
+BRISK = Schedule(0.1, ((0.1, 1.15), (0.005, 1.10), (0.0, 1.2)))  # or in searches, which solve many
 RELAXATION = 1.5  # of the weight step, at most: the same distance in fewer iterations; more of it settles late at low sparsity
 STABLE = 1.9  # relaxation times curvature, at most: at 2, errors in the direction that a part sees too large turn over without falling
 
