@@ -36,6 +36,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "98/95/80 %, Net-Trim l0, 3 sweeps, fine-tuned": {"method": nettrim.NetTrim(sparsity=BUDGET), "sweeps": 3, "loss": "kl"},
     "97.6 % in all, Net-Trim l0, global": {"method": nettrim.NetTrim(sparsity=OVERALL), "allocation": "global"},
     "97.6 % in all, Net-Trim l0, global, 3 sweeps": {"method": nettrim.NetTrim(sparsity=OVERALL), "allocation": "global", "sweeps": 3},
+    "97.6 % in all, Net-Trim l0, quick, global": {"method": nettrim.NetTrim(sparsity=OVERALL, effort="quick"), "allocation": "global"},
     "97.6 % in all, magnitude, global": {"method": nettrim.Magnitude(sparsity=OVERALL), "allocation": "global"},
     "95/95/80 %, Net-Trim l0": {"method": nettrim.NetTrim(sparsity=EVEN)},
     "95/95/80 %, Net-Trim l0, quick": {"method": nettrim.NetTrim(sparsity=EVEN, effort="quick")},
@@ -118,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=None, help="folder with the MNIST files")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", default=None, metavar="RUN", help="names of the runs to make; the others' results are kept")
     options = parser.parse_args()
     dataset = datasets.load("mnist", options.data)
     training.trained_network(dataset, cache=RESULTS / "cache", seed=options.seed)  # trained once, here
@@ -125,14 +127,18 @@ def main() -> None:
     for samples in MEMORY:
         settings = {"method": nettrim.NetTrim(epsilon=0.1), "samples": samples, "cap": 4096}
         runs[f"memory: {samples} images, 4,096 rows kept"] = settings
-    rows = []
+    path = RESULTS / "whole_network.json"
+    made = {row["label"]: row for row in json.loads(path.read_text())} if options.only and path.exists() else {}
     context = multiprocessing.get_context("spawn")
     for label, settings in runs.items():
+        if options.only and label not in options.only:
+            continue
         with context.Pool(1) as pool:
-            rows.append(pool.apply(child, ((label, options.data, options.seed, settings),)))
-        Console(stderr=True).print(f"{label}: {rows[-1]['seconds']:.1f} s")
+            made[label] = pool.apply(child, ((label, options.data, options.seed, settings),))
+        Console(stderr=True).print(f"{label}: {made[label]['seconds']:.1f} s")
+    rows = [made[label] for label in runs if label in made]
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "whole_network.json").write_text(json.dumps(rows, indent=1) + "\n")
+    path.write_text(json.dumps(rows, indent=1) + "\n")
     Console(width=150).print(table(rows))
 
 
