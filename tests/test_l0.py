@@ -279,3 +279,14 @@ def test_quick_weights_see_the_boxes(sparsity: float, moved: float) -> None:
         matched = LinearADMM(sparsity=sparsity).solve(p, sparsity)
         assert quick.distance < p.distance(matched.weights, p.bias)
         assert quick.distance <= 1.2 * full.distance
+
+
+def test_iterations_count_on_through_the_stages_and_end_at_the_limit() -> None:
+    s = standardise(layer(200, 20, 8, "relu", seed=3))
+    seen: list[int] = []
+    free = l0.within_budget(s, 40, watch=lambda iteration, distance, density: seen.append(iteration))
+    first = l0.within_budget(s, 40, quick=True).iterations
+    assert seen == sorted(set(seen)) and seen[-1] == free.iterations > first and free.converged
+    for limit in (first - 1, first, first + 4):
+        found = l0.within_budget(s, 40, max_iterations=limit)
+        assert found.iterations == limit and not found.converged and int((found.U != 0).sum()) == 40

@@ -116,13 +116,12 @@ def within_budget(
     loop.D = p.U0 * mask
     stage = _Stage(k, ridge, pattern, watch)
     first = POINTS if points and not quick else QUICK
-    mask, iterations, settled = stage.run(loop, mask, first, max_iterations, None)
+    mask, iterations, settled = stage.run(loop, mask, first, 0, max_iterations, None)
     if not points and not quick:
         parts = parts or row_parts(p)
         loop.V.zero_()
         loop.relaxation = parts.relaxation
-        mask, further, settled = stage.run(loop, mask, schedule or CAREFUL, max_iterations - iterations, parts)
-        iterations += further
+        mask, iterations, settled = stage.run(loop, mask, schedule or CAREFUL, iterations, max_iterations, parts)
     rounds, steps = POLISH_QUICK if quick and not points else POLISH_POINTS if points else POLISH
     rounds = rounds if polished else 0
     U, c, distance = polish(p, loop.D, loop.c, support=mask, rounds=rounds, steps=steps, tolerance=POLISH_GAIN)
@@ -138,13 +137,13 @@ class _Stage:
     pattern: Pattern
     watch: Watch | None
 
-    def run(self, loop: GramADMM, mask: Tensor, schedule: Schedule, most: int, parts: Parts | None) -> tuple[Tensor, int, bool]:
-        """Iterates until the support ``mask`` is settled, with targets that move by ``parts`` of the rows, or stay. Returns the support,
-        the iterations, and whether it settled."""
+    def run(self, loop: GramADMM, mask: Tensor, schedule: Schedule, done: int, most: int, parts: Parts | None) -> tuple[Tensor, int, bool]:
+        """Iterates until the support ``mask`` is settled or ``most`` iterations are done, with targets that move by ``parts`` of the
+        rows, or stay. Returns the support, the iterations that are done, and whether it settled."""
         p = loop.program
         count = 1 if parts is None else parts.count
         pace = loop.relaxation / RELAXATION  # smaller steps, slower growth
-        beta, iteration, settled = schedule.start, 0, False
+        beta, iteration, settled = schedule.start, done, False
 
         def keep(V: Tensor) -> Tensor:
             nonlocal mask
@@ -154,10 +153,10 @@ class _Stage:
         previous, least, stale, reached = mask, 1.0, 0, 0.0
         while iteration < most and not settled:
             if parts is not None:
-                reached = loop.refresh(iteration % count, count)
+                reached = loop.refresh((iteration - done) % count, count)
             iteration += 1
             loop.majorised_step(keep, beta, self.ridge)
-            if iteration % CHECK_EVERY == 0:
+            if (iteration - done) % CHECK_EVERY == 0:
                 changed = int((mask & ~previous).sum()) / max(self.k, 1)
                 previous = mask
                 factor = next(growth for share, growth in schedule.growth if changed > share or share == 0.0) ** pace
