@@ -101,8 +101,8 @@ def within_budget(
     with the weights, by a part of the rows in each iteration where there are many. Last the polish on the support that was found. Where
     all boxes are points, and with ``quick``, the second stage is left out; with ``quick`` the others are shorter.
 
-    The first stage is worth more than its time: without it the second ends at slightly less distance on the rows at hand, and at more
-    on others (docs/solver_study.md). ``schedule`` is the second stage's, ``CAREFUL`` by default. ``parts``: what :func:`row_parts`
+    Without the first stage the second would have to begin at a lower penalty, and take longer, to end as well (docs/solver_study.md).
+    ``schedule`` is the second stage's, ``CAREFUL`` by default. ``parts``: what :func:`row_parts`
     gives, where that is known already.
     """
     p = program
