@@ -38,7 +38,7 @@ class Slow(torch.nn.Module):
         super().__init__()
         self.net = small()
     def forward(self, x):
-        time.sleep(0.01)
+        time.sleep(0.03)
         return self.net(x)
 """
 ARGUMENTS = ("compare", "compared:small", "--data", "calibration.npy", "--output", "out")
