@@ -12,6 +12,7 @@ from nettrim.certificate import Certificate, HeldOutCertificate, LayerCertificat
 from nettrim.render import ComparisonRow
 from nettrim.report import LayerReport, PruneReport
 from nettrim.status import Status
+from nettrim.whole import LeftOut, WholeModel
 
 SHAPES = (("fc1", 64, 300, "relu"), ("fc2", 300, 100, "relu"), ("<script>alert(1)</script>", 100, 10, "identity"))
 
@@ -49,6 +50,11 @@ def make_layer(name: str, inputs: int, outputs: int, activation: str, nonzeros: 
     return replace(layer, **changes)  # type: ignore[arg-type]
 
 
+def make_whole(**changes: object) -> WholeModel:
+    left = (LeftOut("gru", "GRU", 7776, "nettrim prunes Linear"), LeftOut("head", "Linear", 500, "left out by ignore="))
+    return replace(WholeModel(parameters=60_000, zeros=37_650, vectors=1_234, left_out=left), **changes)  # type: ignore[arg-type]
+
+
 def make_report(masks: Mapping[str, npt.NDArray[np.bool_]] | None = None, **changes: object) -> PruneReport:
     masks = make_masks() if masks is None else masks
     layers = tuple(
@@ -63,6 +69,7 @@ def make_report(masks: Mapping[str, npt.NDArray[np.bool_]] | None = None, **chan
         seconds=4.2,
         sample_shape=(1, 8, 8),
         layers=layers,
+        model=make_whole(),
         notes=("two batches were <b>shorter</b>",),
         settings={"norm": "l1", "epsilon": 0.02, "pattern": None},
     )
@@ -84,7 +91,12 @@ def make_certified(name: str, **changes: object) -> LayerCertificate:
         reason="",
         gap=0.00123,
         gap_kind="epsilon",
-        holds=True,
+        weights=19_200,
+        nonzeros=4_800,
+        budget=None,
+        pattern="",
+        sound=True,
+        met=True,
         gap_level=10.0,
         original_distance=4.2,
     )
@@ -115,7 +127,7 @@ def make_certificate(scheme: str = "cascade", **changes: object) -> Certificate:
             reason="",
             achieved=8.5,
             agreement=0.99699,
-            holds=True,
+            sound=True,
         ),
     )
     return replace(certificate, **changes)  # type: ignore[arg-type]
@@ -139,7 +151,7 @@ def make_heldout(**changes: object) -> HeldOutCertificate:
 
 def broken_certificate() -> Certificate:
     certificate = make_certificate()
-    layers = (certificate.layers[0], make_certified("fc2", distance=12.5, discrepancy=11.0, bound=12.5, holds=False), certificate.layers[2])
+    layers = (certificate.layers[0], make_certified("fc2", distance=12.5, discrepancy=11.0, bound=12.5, met=False), certificate.layers[2])
     return replace(certificate, layers=layers)
 
 

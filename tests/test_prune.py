@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nettrim import InvalidInput, Magnitude, NetTrim, NothingToPrune, PruneResult, Status, UnknownLayer, preimage, prune
 from nettrim.layers import view
+from nettrim.whole import LeftOut
 
 METHODS: list[Any] = [
     NetTrim(epsilon=0.1),
@@ -106,7 +107,8 @@ def test_values_beyond_the_dtype_leave_a_layer_as_it_was() -> None:
     result = run(model, Overflowing(0.5), data().half())
     assert same(result.model, model)
     assert all(layer.status is Status.SKIPPED and "beyond the range of torch.float16" in layer.notes[0] for layer in result.report.layers)
-    assert result.certificate.holds
+    assert result.certificate.sound and not result.certificate.met  # half of the weights should have gone
+    assert "where at most" in result.certificate.verdict_words()
 
 
 def test_three_dimensional_inputs() -> None:
@@ -324,7 +326,7 @@ def test_layers_that_are_never_called() -> None:
             return self.used(x)
 
     result = run(Unused())
-    assert "spare: never called on the calibration data; left as it is" in result.report.notes
+    assert result.report.model.left_out == (LeftOut("spare", "Linear", 18, "never called on the calibration data"),)
     with pytest.raises(InvalidInput, match=r"layer 'spare' is never called.*remove it from layers="):
         run(Unused(), layers=["used", "spare"])
     with pytest.raises(NothingToPrune, match="none of the layers spare is called"):
@@ -452,7 +454,8 @@ def test_mappings_leave_other_layers_alone_with_a_note() -> None:
     model = Deep()
     result = run(model, NetTrim(sparsity={"head": 0.5, "re:encoder.0": 0.2}))
     assert [(layer.name, layer.target) for layer in result.report.layers] == [("encoder.0", "sparsity 0.2"), ("head", "sparsity 0.5")]
-    assert "encoder.2: no sparsity was given for it; left as it is" in result.report.notes
+    (left,) = (left for left in result.report.model.left_out if left.name == "encoder.2")
+    assert left.reason == "the method was given no target for it"
     assert torch.equal(result.model.get_submodule("encoder.2").weight, model.encoder[2].weight)
 
 

@@ -12,7 +12,9 @@ from nettrim.render import certificate_words
 
 def test_words_of_the_cascade() -> None:
     words = certificate_words(make_certificate())
-    assert words[0].startswith("The certificate holds")
+    assert words[0] == (
+        "Verdict: holds. The numbers recompute from the stored weights, and what was asked for is met. Arithmetic: float64."
+    )
     text = "\n".join(words)
     assert "Each layer with a tolerance meets it" in text
     assert "the pruned network's own inputs" in text
@@ -55,7 +57,8 @@ def test_words_without_tolerances_and_without_network_bound() -> None:
         network=replace(certificate.network, bound=None, bound_from_tolerances=None, agreement=None, reason="the output is not a layer."),
     )
     text = "\n".join(certificate_words(certificate))
-    assert "No layer was given a tolerance" in text
+    assert "No layer has a tolerance" in text
+    assert "nothing was asked for that could be missed" in text
     assert "no bound of its discrepancy from the reference output is proven (the output is not a layer); achieved is 8.500" in text
     assert "Optimality" not in text
     assert "same class" not in text
@@ -64,20 +67,28 @@ def test_words_without_tolerances_and_without_network_bound() -> None:
 
 def test_words_say_first_what_does_not_hold() -> None:
     words = certificate_words(broken_certificate())
-    assert words[0].startswith("The certificate does NOT hold")
-    assert words[1].startswith('Not met: layer "fc2": its distance 12.5 is above its tolerance 10 (2.50% of the norm')
-    assert "Of 3 layers with a tolerance, 2 are confirmed to meet it" in "\n".join(words)
+    assert words[0].startswith("Verdict: not met. The numbers recompute from the stored weights, but what was asked for is NOT met.")
+    assert words[1] == "Layer 'fc2': its distance 12.5 is above its tolerance 10 (2.500% of its output's norm, 2.000% asked for)."
+    assert "Of 3 layers with a tolerance, 2 meet it" in "\n".join(words)
     certificate = make_certificate()
     broken = replace(
         certificate,
-        layers=(make_certified("fc1", discrepancy=11.0, bound=9.9, holds=False), make_certified("fc2", holds=False)),
-        network=replace(certificate.network, achieved=12.0, holds=False),
+        layers=(
+            make_certified("fc1", discrepancy=11.0, bound=9.9, sound=False),
+            make_certified("fc2", sound=False),
+            make_certified("fc3", met=False, tolerance=None, budget=4_000),
+            make_certified("fc4", met=False, tolerance=None, pattern="2:4"),
+        ),
+        network=replace(certificate.network, achieved=12.0, sound=False),
     )
     words = certificate_words(broken)
+    assert words[0].startswith("Verdict: wrong. A stated bound is exceeded")
     assert "its discrepancy 11 is above its stated bound 9.9" in words[1]
     assert "could not be confirmed" in words[2]
-    assert "No layer with a tolerance is confirmed to meet it." in words
-    assert words[3] == "Not met: network output: its discrepancy 12 is above its stated bound 9.9: one of them is wrong."
+    assert words[3] == "Layer 'fc3': 4,800 of 19,200 weights are left, where at most 4,000 were asked for."
+    assert words[4] == "Layer 'fc4': its weights do not keep to the pattern '2:4'."
+    assert words[5] == "Network output: its discrepancy 12 is above its stated bound 9.9: one of them is wrong."
+    assert not broken.holds and broken.verdict.value == "wrong" and "wrong" in str(broken)
 
 
 def test_words_about_sampled_rows() -> None:

@@ -1,10 +1,11 @@
-"""What is guaranteed, as plain data, and the arithmetic that recomputes it in float64 from inputs and weights."""
+"""What is guaranteed, as plain data, its one verdict, and the arithmetic that recomputes it in float64 from inputs and weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from .duality import DualPoint, relative_gap
+from .patterns import parse
 from .preimage import Activation, nearest_point
 from .records import build, items
 from .status import InvalidInput
@@ -19,17 +21,40 @@ from .status import InvalidInput
 ROUNDING = 1e-9  # relative allowance for the order of summation in float64
 
 
+class Verdict(Enum):
+    """What there is to say of a certificate in one word: the same everywhere it is shown."""
+
+    HOLDS = "holds"
+    NOT_MET = "not met"
+    WRONG = "wrong"
+
+    @property
+    def meaning(self) -> str:
+        """In one sentence."""
+        return _MEANINGS[self]
+
+
+_MEANINGS = {
+    Verdict.HOLDS: "the numbers recompute from the stored weights, and what was asked for is met",
+    Verdict.NOT_MET: "the numbers recompute from the stored weights, but what was asked for is NOT met",
+    Verdict.WRONG: "a stated bound is exceeded by what was measured: do not rely on this certificate, and please report it",
+}
+
+
 @dataclass(frozen=True)
 class LayerCertificate:
     """The guarantee of one layer on the calibration rows.
 
     ``distance`` is ``dist(A W + 1 b^T, S(Y))`` on the ``rows`` rows that the layer's program used, ``distance_all_rows`` the same on all
-    ``rows_total``; ``tolerance`` is what ``distance`` must meet. ``discrepancy`` is ``||X_hat - X||_F`` of the layer's output inside
+    ``rows_total``. What was asked for: ``tolerance`` is what ``distance`` must meet, ``budget`` the most weights that may stay, ``pattern``
+    which sets of them may (each ``None`` or empty where it was not asked for); ``met`` says whether the stored weights do. ``sound`` says
+    whether every stated bound is at least what was measured. ``discrepancy`` is ``||X_hat - X||_F`` of the layer's output inside
     the two networks, on all rows. All are in float64 from the stored weights. ``bound`` is the proven upper bound of ``discrepancy``
     (``None`` where the network's structure gives none; ``reason`` says why). ``source`` says where ``activation`` comes from: ``"graph"``,
     ``"stated"`` by the user, ``"stated against the graph"``, or ``"not seen"`` (matched linearly). ``gap`` is the relative duality gap
-    of the l1 program of kind ``gap_kind`` (``"epsilon"``, ``"penalty"`` or ``""`` for none) at ``gap_level`` (absolute): at most that
-    share of the stored weights' objective can be above the smallest possible. ``original_distance`` is the distance of the unpruned
+    of the l1 program of kind ``gap_kind`` (``"epsilon"``, ``"penalty"`` or ``""`` for none) at ``gap_level`` (absolute; the tolerance, or,
+    where that is out of reach, the distance that was aimed at): at most that share of the stored weights' objective can be above the
+    smallest possible. ``original_distance`` is the distance of the unpruned
     weights on the same inputs. ``theorem`` is the published bound of the discrepancy, from the tolerances and the sums of absolute weights
     alone (docs/theory.md, 4.3); ``None`` where layers have no tolerance or form no chain.
     """
@@ -47,11 +72,40 @@ class LayerCertificate:
     reason: str
     gap: float | None
     gap_kind: str
-    holds: bool
+    weights: int
+    nonzeros: int
+    budget: int | None
+    pattern: str
+    sound: bool
+    met: bool
     gap_level: float = 0.0
     original_distance: float = 0.0
     source: str = "graph"
     theorem: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """True when what was asked for is met and no stated bound is exceeded."""
+        return self.sound and self.met
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything was asked for that can be met or missed."""
+        return self.tolerance is not None or self.budget is not None or bool(self.pattern)
+
+    def missed(self) -> list[str]:
+        """What was asked for and is not met, each in a few words."""
+        found = []
+        if self.tolerance is not None and not self._near_enough(self.distance):
+            norm = self.reference_norm
+            share = f" ({self.distance / norm:.3%} of its output's norm, {self.tolerance / norm:.3%} asked for)" if norm > 0 else ""
+            found.append(f"its distance {self.distance:.7g} is above its tolerance {self.tolerance:.7g}{share}")
+        if self.budget is not None and self.nonzeros > self.budget:
+            found.append(f"{self.nonzeros:,} of {self.weights:,} weights are left, where at most {self.budget:,} were asked for")
+        return found or ([] if self.met else [f"its weights do not keep to the pattern {self.pattern!r}"])
+
+    def _near_enough(self, distance: float) -> bool:
+        return within(distance, self.tolerance, self.reference_norm)
 
 
 @dataclass(frozen=True)
@@ -68,7 +122,16 @@ class NetworkCertificate:
     reason: str
     achieved: float
     agreement: float | None
-    holds: bool
+    sound: bool
+
+    @property
+    def holds(self) -> bool:
+        """True when the bound, if there is one, is not exceeded by what was achieved."""
+        return self.sound
+
+    def share(self, value: float) -> str:
+        """A distance as a share of the norm of the reference output, or as it is where that is zero."""
+        return f"{value / self.reference_norm:.3%} of their norm" if self.reference_norm > 0 else f"{value:.4g}"
 
 
 @dataclass(frozen=True)
@@ -110,18 +173,65 @@ class Certificate:
     layers: tuple[LayerCertificate, ...]
     network: NetworkCertificate
     heldout: HeldOutCertificate | None = None
+    not_checked: tuple[str, ...] | None = field(default=None, compare=False)
+
+    @property
+    def sound(self) -> bool:
+        """True when no stated bound is exceeded by what was measured."""
+        return all(layer.sound for layer in self.layers) and self.network.sound
+
+    @property
+    def met(self) -> bool:
+        """True when every layer's stored weights meet what was asked of it: tolerance, number of weights, pattern."""
+        return all(layer.met for layer in self.layers)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The one verdict."""
+        return Verdict.WRONG if not self.sound else Verdict.HOLDS if self.met else Verdict.NOT_MET
 
     @property
     def holds(self) -> bool:
-        """True when every stated tolerance and every stated bound is met by the stored weights."""
-        return all(layer.holds for layer in self.layers) and self.network.holds
+        """True when the verdict is that it holds."""
+        return self.verdict is Verdict.HOLDS
+
+    def verdict_words(self) -> str:
+        """The verdict in one line, with the layers and the network's output that it speaks of where it is not good."""
+        if self.holds and not any(layer.asked for layer in self.layers):
+            return "holds: the numbers recompute from the stored weights; nothing was asked for that could be missed"
+        return ". ".join([f"{self.verdict.value}: {self.verdict.meaning}", *self.failures()])
+
+    def failures(self) -> list[str]:
+        """One sentence without its full stop for each layer that does not hold, and for the network's output."""
+        found = [
+            f"Layer {layer.name!r}: {' and '.join([*layer.missed(), *_exceeded(layer.discrepancy, layer.bound, layer.sound)])}"
+            for layer in self.layers
+            if not layer.holds
+        ]
+        network = self.network
+        return found + [f"Network output: {text}" for text in _exceeded(network.achieved, network.bound, network.sound)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data for JSON, ``holds`` included."""
+        """Everything as plain data for JSON, what follows from it (``verdict``, ``holds``) included."""
         data = asdict(self)
-        data["layers"] = list(data["layers"])
-        data["holds"] = self.holds
-        return data
+        del data["not_checked"]
+        data["layers"] = [values | {"holds": layer.holds} for values, layer in zip(data["layers"], self.layers, strict=True)]
+        return data | {"verdict": self.verdict.value, "sound": self.sound, "met": self.met, "holds": self.holds}
+
+    def __str__(self) -> str:
+        network = self.network
+        bound = "no bound is proven" if network.bound is None else f"proven bound {network.share(network.bound)}"
+        lines = [
+            f"certificate {self.verdict_words()}",
+            f"outputs moved by {network.share(network.achieved)} on {network.rows:,} calibration rows ({bound})",
+            f"{len(self.layers)} layers, {sum(layer.nonzeros for layer in self.layers):,} of "
+            f"{sum(layer.weights for layer in self.layers):,} weights left ({self.method}, {self.scheme})",
+        ]
+        if self.not_checked is not None:
+            lines.append(f"not checked: {'; '.join(self.not_checked) or 'nothing'}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Certificate:
@@ -139,6 +249,19 @@ class Certificate:
             network=build(NetworkCertificate, data.get("network")),
             heldout=None if heldout is None else build(HeldOutCertificate, heldout),
         )
+
+
+def within(distance: float, limit: float | None, norm: float, rounding: float = ROUNDING) -> bool:
+    """Whether ``distance`` is at most ``limit`` up to rounding of sums of size ``norm``; NaN is never within anything."""
+    return limit is None or distance <= limit * (1 + rounding) + rounding * norm
+
+
+def _exceeded(discrepancy: float, bound: float | None, sound: bool) -> list[str]:
+    if sound:
+        return []
+    if bound is None or discrepancy <= bound:
+        return ["a stated number could not be confirmed"]
+    return [f"its discrepancy {discrepancy:.7g} is above its stated bound {bound:.7g}: one of them is wrong"]
 
 
 class LayerTally:
@@ -212,17 +335,20 @@ class LayerTally:
         source: str = "graph",
         rounding: float = ROUNDING,
         theorem: float | None = None,
+        budget: int | None = None,
+        pattern: str = "",
+        stored: Tensor | None = None,
     ) -> LayerCertificate:
-        """The layer's certificate, given the absolute tolerance it must meet and the proven bound of its discrepancy.
+        """The layer's certificate, given what was asked of it (see :class:`LayerCertificate`) and the proven bounds of its discrepancy.
 
-        ``rounding`` is the relative allowance for the arithmetic of the passes that gave the inputs and responses.
+        ``stored`` (N, M) are the weights as the layer stores them, where those of the tally have a batch-norm folded in. ``rounding``
+        is the relative allowance for the arithmetic of the passes that gave the inputs and responses.
         """
         distance, discrepancy = math.sqrt(self.distance), math.sqrt(self.discrepancy)
-        # a nan is never within anything
-        holds = tolerance is None or distance <= tolerance * (1 + rounding) + rounding * math.sqrt(self.reference)
-        for proven in (bound, theorem):
-            if proven is not None:
-                holds = holds and discrepancy <= proven * (1 + rounding) + rounding * math.sqrt(self.reference_all)
+        stored = self.W if stored is None else stored
+        nonzeros = int((stored != 0).sum())
+        met = within(distance, tolerance, math.sqrt(self.reference), rounding) and (budget is None or nonzeros <= budget)
+        sound = all(within(discrepancy, proven, math.sqrt(self.reference_all), rounding) for proven in (bound, theorem))
         return LayerCertificate(
             name=name,
             activation=self.activation.name,
@@ -237,7 +363,12 @@ class LayerTally:
             reason=reason,
             gap=self.gap(),
             gap_kind=self.gap_kind,
-            holds=holds,
+            weights=self.W.numel(),
+            nonzeros=nonzeros,
+            budget=budget,
+            pattern=pattern,
+            sound=sound,
+            met=met and parse(pattern or None).admits(stored),
             gap_level=self.gap_level,
             original_distance=math.sqrt(self.original_distance),
             source=source,

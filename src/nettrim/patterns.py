@@ -65,6 +65,9 @@ class Pattern(Protocol):
         Ties are broken by position, so that the result is the same every time.
         """
 
+    def admits(self, W: Tensor) -> bool:
+        """Whether the nonzeros of ``W`` (N, M) are a set that may stay."""
+
     def drawn(self, N: int, M: int, k: int, generator: torch.Generator) -> Tensor:
         """A random mask (N, M) on the CPU with the counts of :meth:`mask`; every weight (every group of one size) is as likely."""
 
@@ -92,6 +95,10 @@ class Unstructured:
     def mask(self, V: Tensor, k: int, live: Tensor | None = None) -> Tensor:
         """The ``k`` of largest magnitude."""
         return largest_mask(V, k)
+
+    def admits(self, W: Tensor) -> bool:
+        """Any may."""
+        return True
 
     def drawn(self, N: int, M: int, k: int, generator: torch.Generator) -> Tensor:
         """``k`` weights, uniformly without replacement."""
@@ -146,6 +153,13 @@ class NofM:
         if k < int(mask.sum()):
             mask[mask.clone()] = largest_mask(V[mask], k)
         return mask
+
+    def admits(self, W: Tensor) -> bool:
+        """No group may hold more than ``most`` nonzeros."""
+        groups = -(-len(W) // self.of)
+        there = torch.zeros(groups * self.of, W.shape[1], dtype=torch.bool, device=W.device)
+        there[: len(W)] = W != 0
+        return int(there.view(groups, self.of, -1).sum(1).max()) <= self.most if W.numel() else True
 
     def drawn(self, N: int, M: int, k: int, generator: torch.Generator) -> Tensor:
         """``most`` of each group, uniformly, and ``k`` of these."""
@@ -209,6 +223,10 @@ class Blocks:
         total[~alive.view(len(tall), high).any(1)] = -1.0  # nothing there can stay
         kept = _heaviest(total, tall, wide, k).to(V.device)
         return kept.repeat_interleave(high, 0)[place].repeat_interleave(broad, 1)[:, :M]
+
+    def admits(self, W: Tensor) -> bool:
+        """Any may: weights of a block that stays can be zero."""
+        return True
 
     def drawn(self, N: int, M: int, k: int, generator: torch.Generator) -> Tensor:
         """Blocks in random order, until the next has no room."""

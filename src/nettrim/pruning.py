@@ -32,11 +32,13 @@ from .methods.targets import check_room
 from .opening import how_opened
 from .preimage import Activation
 from .progress import Observer, observer
-from .report import PruneReport
+from .report import PruneReport, as_certified
 from .run import Run
 from .selection import resolve, select
 from .status import InvalidInput, NothingToPrune
+from .summary import result_text
 from .verification import certify_heldout, check_heldout
+from .whole import reasons_of, whole_model
 
 MAX_SAMPLES = 20_000
 
@@ -48,6 +50,11 @@ class PruneResult:
     model: nn.Module
     report: PruneReport
     certificate: Certificate
+
+    def __str__(self) -> str:
+        return result_text(self.report, self.certificate)
+
+    __repr__ = __str__
 
     def save(self, folder: str | Path, *, compressed: bool = False) -> Path:
         """Writes model.safetensors, report.json, certificate.json and report.html; all of them or none.
@@ -162,11 +169,11 @@ def prune(
         found = scan(reference, names, batches)
         if unseen is not None:
             check_heldout(reference, unseen, batches)
-        names, notes = _called(names, found, layers)
+        chosen, names = names, _called(names, found, layers)
         wanted = [name for name in names if method.target(name) is not None]  # what follows the others is read step by step
         corrections = {name: correction for name, correction in corrections.items() if name in wanted}
         graph = corrected_graph(reference, read_graph(reference, wanted, {}, first), corrections, first)
-        notes = [*([opening] if opening else []), *([notice] if notice else []), *([graph.notice] if graph.notice else []), *notes]
+        notes = [*([opening] if opening else []), *([notice] if notice else []), *([graph.notice] if graph.notice else [])]
         run = Run(model, method, scheme, batches, found, graph, reference, max_samples, seed, show)
         if add_bias:
             notes += run.add_biases(wanted)
@@ -182,7 +189,7 @@ def prune(
         certificate = run.certify(notice)
         if unseen is not None:
             certificate = replace(certificate, heldout=certify_heldout(reference, run.pruned, unseen, batches))
-    notes += [f"{name}: no {method.kind} was given for it; left as it is" for name in names if method.target(name) is None]
+    whole = whole_model(run.result, wanted, reasons_of(run.result, chosen, names))
     report = PruneReport(
         method=method.describe(),
         scheme=scheme,
@@ -190,7 +197,8 @@ def prune(
         samples=found.samples,
         seconds=time.perf_counter() - started,
         sample_shape=found.sample_shape,
-        layers=tuple(run.reports),
+        layers=tuple(as_certified(run.reports, certificate)),
+        model=whole,
         notes=tuple(notes),
         settings=_settings(method)
         | ({"allocation": run.shares} if run.shares else {})
@@ -200,8 +208,8 @@ def prune(
     return PruneResult(closed(run.result, given), report, certificate)
 
 
-def _called(names: list[str], found: Scan, layers: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """The layers that the calibration data reach, in the order of their calls; and notes on those that they do not."""
+def _called(names: list[str], found: Scan, layers: Sequence[str] | None) -> list[str]:
+    """The layers that the calibration data reach, in the order of their calls."""
     missing = [name for name in names if name not in found.order]
     named = [name for name in missing if layers is not None and name in layers]
     if named:
@@ -211,7 +219,7 @@ def _called(names: list[str], found: Scan, layers: Sequence[str] | None) -> tupl
         )
     if not found.order:
         raise NothingToPrune(f"none of the layers {', '.join(names[:8])} is called on the calibration data")
-    return found.order, [f"{name}: never called on the calibration data; left as it is" for name in missing]
+    return found.order
 
 
 def _settings(method: Method) -> dict[str, Any]:

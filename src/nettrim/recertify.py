@@ -101,7 +101,10 @@ def recertify(
             weights_hash=hashes(changed),
         )
         readings = graph.readings
-        claims = [Claim(name, readings[name].activation, None, "", 0.0, readings[name].source) for name in names]
+        claims = [
+            Claim(layer.name, readings[layer.name].activation, None, "", 0.0, readings[layer.name].source, layer.budget, layer.pattern)
+            for layer in old.layers
+        ]
         certificate = certify(before, after, claims, graph, batches, found, setup)
         if unseen is not None:
             certificate = replace(certificate, heldout=certify_heldout(before, after, unseen, batches))

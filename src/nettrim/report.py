@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from .certificate import Certificate
 from .records import build, items
 from .status import InvalidInput, Status
+from .whole import LeftOut, WholeModel
 
 
 @dataclass(frozen=True)
@@ -14,11 +17,11 @@ class LayerReport:
     """One layer of one pruning run.
 
     ``distance``, ``tolerance`` and ``reference_norm`` are Frobenius norms over the rows that the layer's program
-    used: the distance of the pre-activations to the preimage box, what it was allowed to be (``None`` for sparsity
-    and penalty targets), and the norm of the layer's reference output. ``target`` is ``"epsilon 0.02"``, ``"sparsity 0.9"``,
-    ``"penalty 3"``, or ``"inflation 1.05"``: that many times the original weights' distance, which gamma gave. ``violation`` is the
-    most by which a constraint of the published program is missed, in units of the pre-activations (``None`` for programs without
-    constraints).
+    used: the distance of the pre-activations to the preimage box, what was asked of it (``None`` for other
+    targets), and the norm of the layer's reference output; they are the certificate's numbers. ``target`` is ``"epsilon 0.02"``,
+    ``"sparsity 0.9"``, ``"penalty 3"``, ``"pattern 2:4"`` or ``"inflation 1.05"``: that many times the original weights'
+    distance, which gamma gave. ``violation`` is the most by which a constraint of the published program is missed, in units of the
+    pre-activations (``None`` for programs without constraints).
     """
 
     name: str
@@ -60,6 +63,26 @@ class LayerReport:
             return None
         return self.tolerance / self.reference_norm if self.reference_norm > 0 else 0.0
 
+    @property
+    def scarce(self) -> bool:
+        """Whether the data have fewer rows than the layer has inputs that vary: many weights then do the same on these data alone."""
+        return self.rows < max(2, self.inputs - self.dead_inputs)
+
+    def warnings(self) -> list[str]:
+        """What the calibration data do not say of the layer."""
+        found = []
+        if self.scarce:
+            found.append(
+                f"{self.rows:,} rows for {self.inputs:,} inputs: these data do not determine its weights, which may do anything on other "
+                f"data; give at least {self.inputs:,} rows, better ten times as many"
+            )
+        if self.dead_inputs:
+            found.append(
+                f"{self.dead_inputs:,} of {self.inputs:,} inputs never vary on the calibration data, so what it does with them is not "
+                "known; give data in which they vary if they can"
+            )
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data for JSON, derived numbers included."""
         data = asdict(self)
@@ -86,7 +109,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """All layers of one pruning run, in the order in which they were pruned."""
+    """All layers of one pruning run, in the order in which they were pruned; and ``model``, what became of the whole model."""
 
     method: str
     scheme: str
@@ -95,6 +118,7 @@ class PruneReport:
     seconds: float
     sample_shape: tuple[int, ...]
     layers: tuple[LayerReport, ...]
+    model: WholeModel
     notes: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -125,6 +149,7 @@ class PruneReport:
             "density": self.density,
             "nonzeros": self.nonzeros,
             "weights": self.weights,
+            "model": asdict(self.model),
             "settings": self.settings,
             "notes": list(self.notes),
             "layers": [layer.to_dict() for layer in self.layers],
@@ -142,6 +167,11 @@ class PruneReport:
             data,
             sample_shape=tuple(items(data, "sample_shape")),
             layers=tuple(LayerReport.from_dict(layer) for layer in items(data, "layers")),
+            model=build(
+                WholeModel,
+                data.get("model"),
+                left_out=tuple(build(LeftOut, left) for left in items(data.get("model"), "left_out")),
+            ),
             notes=tuple(items(data, "notes")),
             settings=dict(data.get("settings", {})),
         )
@@ -150,3 +180,24 @@ class PruneReport:
         from .render import report_text  # presentation stays in render; imported late so that data never needs it
 
         return report_text(self)
+
+
+def as_certified(layers: Sequence[LayerReport], certificate: Certificate) -> list[LayerReport]:
+    """The layers with the certificate's numbers in the place of those of the moment when each was solved: one number for one thing.
+
+    They differ where a layer's target was shifted (``correction`` below 1), where it is called more than once in a cascade, or where the
+    branch that is added to it was pruned after it: no tolerance is claimed then, and its notes say so. The gap of the published program
+    is the solver's own, which no certificate has.
+    """
+    return [
+        replace(
+            layer,
+            rows=stated.rows,
+            reference_norm=stated.reference_norm,
+            distance=stated.distance,
+            tolerance=stated.tolerance,
+            original_distance=stated.original_distance,
+            gap=layer.gap if stated.gap is None else stated.gap,
+        )
+        for layer, stated in zip(layers, certificate.layers, strict=True)
+    ]

@@ -23,6 +23,7 @@ from .importance import output_importance
 from .layers import LayerView, can_take_bias, view
 from .layers import add_bias as give_bias
 from .methods import Method
+from .methods.targets import kept_weights
 from .program import LayerProgram
 from .progress import Observer
 from .report import LayerReport
@@ -226,7 +227,7 @@ class Run:
                 outputs=layer.shape[1],
                 activation=reading.activation.name,
                 reading=reading.words,
-                target=f"{self.method.kind} {target:g}" if solution.inflation is None else f"inflation {solution.inflation:g}",
+                target=self._asked(target, solution),
                 status=solution.status,
                 nonzeros=int((solution.weights != 0).sum()),
                 weights=solution.weights.numel(),
@@ -245,16 +246,27 @@ class Run:
         )
         kind = self.method.certified_program if solution.gap is not None and exact else ""
         level = solution.tolerance_used if kind == "epsilon" else solution.penalty
+        by_count = self.method.kind == "sparsity" and self.method.sparsity is not None
         self.claims.append(
             Claim(
                 name=name,
                 activation=reading.activation,
-                tolerance=solution.tolerance_used if exact else None,
+                tolerance=solution.tolerance if exact else None,
                 gap_kind=kind,
                 gap_level=level if kind and level is not None else 0.0,
                 source=reading.source,
+                budget=kept_weights(solution.weights.numel(), target) if by_count else None,
+                pattern=self.method.chosen.name,
             )
         )
+
+    def _asked(self, target: float, solution: Solution) -> str:
+        """What was asked of a layer, as reports hold it: a kind, and a number that reads back as it was (or a pattern)."""
+        if solution.inflation is not None:
+            return f"inflation {solution.inflation!r}"
+        if self.method.kind == "sparsity" and self.method.sparsity is None:
+            return f"pattern {self.method.chosen.name}"
+        return f"{self.method.kind} {target!r}"
 
     def certify(self, notice: str) -> Certificate:
         setup = Setup(

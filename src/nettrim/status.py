@@ -21,7 +21,7 @@ class Status(Enum):
     @property
     def ok(self) -> bool:
         """True when the layer's target was met by a solver that met its own stopping rule."""
-        return self in (Status.CONVERGED, Status.SKIPPED)
+        return self is Status.CONVERGED
 
 
 _REMEDIES: dict[Status, str] = {

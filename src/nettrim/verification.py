@@ -30,6 +30,7 @@ from .certificate import (
     clopper_pearson_upper,
     entry_norm,
     spectral_norm,
+    within,
 )
 from .graph import Chain, Graph
 from .preimage import Activation
@@ -44,8 +45,9 @@ LEVEL = 0.1  # relative discrepancy whose probability of being exceeded is bound
 class Claim:
     """What is to be certified of one pruned layer.
 
-    ``tolerance`` is absolute, ``None`` for none; ``gap_kind`` and ``gap_level`` name the l1 program whose gap is recomputed; ``source``
-    says where the activation comes from (see :class:`nettrim.graph.Reading`).
+    What was asked for: ``tolerance`` is absolute, ``budget`` a number of weights, ``pattern`` which sets of them may stay; ``None`` or
+    empty for none. ``gap_kind`` and ``gap_level`` name the l1 program whose gap is recomputed; ``source`` says where the activation comes
+    from (see :class:`nettrim.graph.Reading`).
     """
 
     name: str
@@ -54,6 +56,8 @@ class Claim:
     gap_kind: str
     gap_level: float
     source: str = "graph"
+    budget: int | None = None
+    pattern: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def certify(
         for name, left in waiting.items():
             list(paired(name, left, []))
         output.add(out_before, out_after)
-    bounds = _Bounds(claims, tallies, graph, pruned, reference, setup.scheme)
+    bounds = _Bounds(claims, tallies, graph, pruned, reference, setup.scheme, rounding_of(reference))
     layers = tuple(
         tallies[claim.name].certificate(
             claim.name,
@@ -121,6 +125,9 @@ def certify(
             claim.source,
             rounding_of(reference),
             bounds.theorem.get(claim.name),
+            claim.budget,
+            claim.pattern,
+            after[claim.name].view.weights(),
         )
         for claim in claims
     )
@@ -163,7 +170,14 @@ class _Bounds:
     """Network bounds along the chain (docs/theory.md, section 4), on all calibration rows."""
 
     def __init__(
-        self, claims: Sequence[Claim], tallies: Mapping[str, LayerTally], graph: Graph, pruned: Replica, original: Replica, scheme: str
+        self,
+        claims: Sequence[Claim],
+        tallies: Mapping[str, LayerTally],
+        graph: Graph,
+        pruned: Replica,
+        original: Replica,
+        scheme: str,
+        rounding: float,
     ) -> None:
         # in the cascade nothing accumulates: where paths branch, the last layer's own distance says all about what follows it
         self.partial = scheme == "cascade" and bool(graph.chain.reason) and not graph.tail.reason
@@ -171,11 +185,18 @@ class _Bounds:
         self.chain, self.scheme = chain, scheme
         self.distances = {name: math.sqrt(tally.distance_all) for name, tally in tallies.items()}
         everything = all(tally.rows == tally.rows_total for tally in tallies.values())
-        self.tolerances = {claim.name: claim.tolerance for claim in claims if claim.tolerance is not None and everything}
-        self.gammas = {
-            claim.name: claim.tolerance / math.sqrt(tallies[claim.name].original_distance)
+        # what is proven from tolerances alone needs them to be met, on all rows
+        self.tolerances = {
+            claim.name: claim.tolerance
             for claim in claims
-            if claim.tolerance is not None and tallies[claim.name].original_distance > 0 and everything
+            if claim.tolerance is not None
+            and everything
+            and within(self.distances[claim.name], claim.tolerance, math.sqrt(tallies[claim.name].reference_all), rounding)
+        }
+        self.gammas = {
+            name: tolerance / math.sqrt(tallies[name].original_distance)
+            for name, tolerance in self.tolerances.items()
+            if tallies[name].original_distance > 0
         }
         self.layers = _chain_layers(chain, pruned, self.distances)
         # the cascade's published bound speaks of the original weights, the parallel one of the pruned ones
@@ -290,7 +311,6 @@ def _same_class(before: Tensor, after: Tensor) -> Tensor | None:
 def _network(bounds: _Bounds, output: _OutputTally, layers: Sequence[LayerCertificate], scheme: str, rounding: float) -> NetworkCertificate:
     achieved, reference = math.sqrt(output.moved), math.sqrt(output.reference)
     bound = bounds.output
-    holds = bound is None or achieved <= bound * (1 + rounding) + rounding * reference
     return NetworkCertificate(
         scheme=scheme,
         output_layer=bounds.last or layers[-1].name,
@@ -302,7 +322,7 @@ def _network(bounds: _Bounds, output: _OutputTally, layers: Sequence[LayerCertif
         reason=bounds.reason,
         achieved=achieved,
         agreement=output.same / output.rows if output.classes and output.rows else None,
-        holds=holds,
+        sound=within(achieved, bound, reference, rounding),
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
 
@@ -16,7 +17,8 @@ from rich.table import Table
 from .. import checkpoint, render
 from ..certificate import Certificate
 from ..report import PruneReport
-from ..status import CertificateError, NetTrimError, Status
+from ..status import CertificateError, NetTrimError
+from ..summary import NEXT, result_text
 
 GUARANTEE_NOT_MET = 3
 BAD_INPUT = 2
@@ -48,20 +50,23 @@ def fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def exit_unless_met(report: PruneReport, certificate: Certificate) -> None:
-    """A tolerance that was out of reach or a number that does not hold ends with exit code 3."""
-    missed = [layer.name for layer in report.layers if layer.status is Status.INFEASIBLE]
-    if missed:
-        fail(
-            f"guarantee not met: the tolerance is out of reach for {', '.join(missed)} (the best reachable distance was used)",
-            GUARANTEE_NOT_MET,
-        )
+def exit_unless_met(certificate: Certificate) -> None:
+    """Anything but the verdict "holds" ends with exit code 3."""
     if not certificate.holds:
-        fail("guarantee not met: the certificate does not hold", GUARANTEE_NOT_MET)
+        fail(f"guarantee {certificate.verdict_words()}", GUARANTEE_NOT_MET)
 
 
-def show(report: PruneReport, certificate: Certificate, folder: Path, as_json: bool, *, bench: Mapping[str, Any] | None = None) -> None:
-    """A result: tables and the verdict, or one JSON object, which also holds what was measured of it (``bench``)."""
+def show(
+    report: PruneReport,
+    certificate: Certificate,
+    folder: Path,
+    as_json: bool,
+    *,
+    bench: Mapping[str, Any] | None = None,
+    following: str = NEXT,
+) -> None:
+    """A result: tables, notes and the five lines, of which ``following`` is the last; or one JSON object, which also holds what was
+    measured of it (``bench``)."""
     if as_json:
         data = {"output": str(folder), "report": report.to_dict(), "certificate": certificate.to_dict(), "size": size_of(folder)}
         print_json(data | ({} if bench is None else {"bench": bench}))
@@ -69,13 +74,21 @@ def show(report: PruneReport, certificate: Certificate, folder: Path, as_json: b
     console = Console()
     console.print(render.report_table(report))
     console.print(render.certificate_table(certificate))
-    console.print(render.certificate_words(certificate)[0], highlight=False, markup=False)
-    for note in report.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
-    console.print(size_words(folder), highlight=False, markup=False)
+    notes = [*report.notes, *(f"{layer.name}: {text}" for layer in report.layers for text in render.layer_remarks(layer))]
+    for line in (*(f"note: {note}" for note in notes), size_words(folder)):
+        console.print(line, highlight=False, markup=False)
     page = folder / checkpoint.PAGE
     if page.is_file():
         console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+    console.print(result_text(report, certificate, following), highlight=False, markup=False, soft_wrap=True)
+
+
+def next_commands(folder: Path, names: Sequence[str]) -> str:
+    """The commands that follow a prune, with the names that it was given; ``names`` are its model, weights and data, as words."""
+    given = shlex.join(names)
+    plain = shlex.join([names[0], "--weights", str(folder), *names[-2:]])
+    lines = (f"verify {shlex.quote(str(folder))} {given}", f"bench {plain}", f"export {plain} --compact --output model.onnx")
+    return "\n          ".join(f"nettrim {line}" for line in lines)
 
 
 def size_of(folder: Path) -> dict[str, Any] | None:

@@ -41,7 +41,7 @@ from .options import (
     readings,
     target,
 )
-from .output import exit_unless_met, print_json, show, show_wide, size_of
+from .output import exit_unless_met, next_commands, print_json, show, show_wide, size_of
 
 
 class Norm(StrEnum):
@@ -173,8 +173,9 @@ def prune_command(
         progress=not as_json,
     )
     result.save(output, compressed=compressed)
-    show(result.report, result.certificate, output, as_json)
-    exit_unless_met(result.report, result.certificate)
+    names = [model, *(() if weights is None else ("--weights", str(weights))), "--data", data]
+    show(result.report, result.certificate, output, as_json, following=next_commands(output, names))
+    exit_unless_met(result.certificate)
 
 
 def verify_command(
@@ -199,14 +200,17 @@ def verify_command(
         )
     except CertificateError as error:
         if as_json:
-            print_json({"holds": False, "error": str(error)})
+            print_json({"verdict": "does not recompute", "holds": False, "error": str(error)})
         raise
     if as_json:
-        print_json({"holds": True, "certificate": certificate.to_dict()})
-        return
-    console = Console()
-    console.print(render.certificate_table(certificate))
-    console.print("verified: every number was recomputed and holds", highlight=False)
+        told = certificate.to_dict()
+        print_json({key: told[key] for key in ("verdict", "holds")} | {"certificate": told, "not_checked": certificate.not_checked})
+    else:
+        console = Console()
+        console.print(render.certificate_table(certificate))
+        for line in (f"verified: {certificate.verdict_words()}", f"not checked: {'; '.join(certificate.not_checked or ('nothing',))}"):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    exit_unless_met(certificate)
 
 
 def report_command(
@@ -292,7 +296,7 @@ def distill_command(
         print_json({"output": str(output), "distilled": told, **made_of})
     else:
         show(result.report, result.certificate, output, as_json)
-    exit_unless_met(result.report, result.certificate)
+    exit_unless_met(result.certificate)
 
 
 def _words(made: Distilled) -> str:

@@ -137,7 +137,7 @@ def demo_command(
             for note in made.notes:
                 console.print(f"note: {note}", highlight=False, markup=False)
         show(done.result.report, done.result.certificate, output, as_json)
-    exit_unless_met(done.result.report, done.result.certificate)
+    exit_unless_met(done.result.certificate)
 
 
 def compare_command(

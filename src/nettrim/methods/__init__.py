@@ -30,6 +30,10 @@ class Method(Protocol):
         """A number, or a mapping by layer."""
 
     @property
+    def sparsity(self) -> PerLayer | None:
+        """The sparsity that was given; ``None`` where another target was, or a pattern that implies one."""
+
+    @property
     def layer_settings(self) -> Mapping[str, PerLayer]:
         """Every setting that may differ by layer, the target among them, by name."""
 

@@ -6,13 +6,14 @@ Numbers that state an upper bound are rounded up, agreement is rounded down, so 
 
 from .page import report_html
 from .tables import ComparisonRow, certificate_table, comparison_table, report_table, report_text
-from .words import certificate_words
+from .words import certificate_words, layer_remarks
 
 __all__ = [
     "ComparisonRow",
     "certificate_table",
     "certificate_words",
     "comparison_table",
+    "layer_remarks",
     "report_html",
     "report_table",
     "report_text",

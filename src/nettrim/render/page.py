@@ -20,7 +20,7 @@ from .bench_page import bench_section
 from .numbers import NONE, duration, number, percent, plural, seconds_text, share_of, share_over_all_rows
 from .pictures import NEVER, RAMP, Mask, Picture, Profile, image_shape, input_profile, mask_picture, pixel_picture
 from .tables import ComparisonRow
-from .words import certificate_words, failures, headline, layer_remarks, verdict
+from .words import certificate_words, failures, headline, layer_remarks, left_out_words, verdict
 
 if TYPE_CHECKING:
     import jinja2
@@ -56,7 +56,8 @@ def report_html(
             title=title,
             headline=headline(report),
             holds=certificate.holds,
-            verdict=verdict(certificate),
+            verdict=certificate.verdict.value,
+            meaning=verdict(certificate),
             failures=failures(certificate),
             tiles=_tiles(report, certificate),
             charts=[_density_chart(report), _distance_chart(report)],
@@ -71,6 +72,7 @@ def report_html(
                 "nonzeros": f"{report.nonzeros:,} of {report.weights:,}",
                 "seconds": seconds_text(report.seconds),
             },
+            left_out=left_out_words(report),
             words=certificate_words(certificate),
             certificate_rows=_certificate_rows(certificate),
             sampled=any(layer.rows != layer.rows_total for layer in certificate.layers),
@@ -241,16 +243,16 @@ def _comparison_charts(rows: Sequence[ComparisonRow]) -> list[_Chart]:
 
 def _tiles(report: PruneReport, certificate: Certificate) -> list[tuple[str, str, str]]:
     """The figures at the top: label, value, detail."""
-    zeros = report.weights - report.nonzeros
     fewer = f", {report.weights / report.nonzeros:.1f} times fewer" if report.nonzeros else ""
+    whole, layers = report.model, plural(len(report.layers), "pruned layer")
     tiles = [
-        ("Weights that remain", percent(report.density), f"{report.nonzeros:,} of {report.weights:,}{fewer}"),
-        ("Weights that are now zero", f"{zeros:,}", f"in {plural(len(report.layers), 'layer')}"),
+        ("Zeros in the whole model", percent(whole.zero_share), f"{whole.zeros:,} of {whole.parameters:,} parameters"),
+        ("Weights that remain", percent(report.density), f"{report.nonzeros:,} of {report.weights:,} in {layers}{fewer}"),
     ]
     heldout, network = certificate.heldout, certificate.network
     if heldout is not None and heldout.accuracy_before is not None and heldout.accuracy_after is not None:
         before, after = (percent(value, decimals=2) for value in (heldout.accuracy_before, heldout.accuracy_after))
-        tiles.append(("Accuracy after pruning", after, f"{before} before, on {plural(heldout.samples, 'held-out sample')}"))
+        tiles.insert(0, ("Accuracy after pruning", after, f"{before} before, on {plural(heldout.samples, 'held-out sample')}"))
     if heldout is not None and heldout.class_changes is not None:
         same = percent(1.0 - heldout.class_changes / heldout.samples, -1, decimals=2)
         tiles.append(("Same predicted class", same, f"of {plural(heldout.samples, 'held-out sample')}; {heldout.class_changes:,} changed"))

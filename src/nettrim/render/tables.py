@@ -17,7 +17,7 @@ from ..certificate import Certificate
 from ..report import PruneReport
 from ..status import Status
 from .numbers import clean, densities_text, percent, seconds_text, share_of, share_over_all_rows, short_count
-from .words import headline, layer_remarks
+from .words import headline, layer_remarks, left_out_words
 
 _PLAIN_BOX = Box("    \n    \n -- \n    \n    \n -- \n    \n    \n", ascii=True)
 _WIDTH = 110  # of plain text
@@ -153,11 +153,12 @@ def report_text(report: PruneReport) -> str:
     )
     with console.capture() as capture:
         console.print(_report_table(report, _PLAIN_BOX))
-    lines = [headline(report), "", *(line.rstrip() for line in capture.get().splitlines())]
+    lines = [textwrap.fill(headline(report), _WIDTH), "", *(line.rstrip() for line in capture.get().splitlines())]
     notes = [f"{clean(layer.name)}: {remark}" for layer in report.layers for remark in layer_remarks(layer)]
     notes += [clean(note) for note in report.notes]
-    if notes:
-        lines += ["", "notes", *(textwrap.fill(note, _WIDTH, initial_indent="  ", subsequent_indent="    ") for note in notes)]
+    for title, texts in (("not pruned", left_out_words(report)), ("notes", notes)):
+        if texts:
+            lines += ["", title, *(textwrap.fill(text, _WIDTH, initial_indent="  ", subsequent_indent="    ") for text in texts)]
     return "\n".join(lines)
 
 
@@ -207,7 +208,7 @@ def certificate_table(certificate: Certificate) -> Table:
         columns.append(_Column("gap", [percent(layer.gap, +1) for layer in layers]))
     columns.append(_Column("holds", [_yes_no(layer.holds) for layer in layers], _yes_no(network.holds)))
     caption = "shares of the norm of the reference output" + ("; over sampled rows compared per row" if sampled else "")
-    return _table(columns, caption, "certificate: holds" if certificate.holds else "certificate: DOES NOT HOLD")
+    return _table(columns, caption, f"certificate: {certificate.verdict.value}")
 
 
 def comparison_table(rows: Sequence[ComparisonRow]) -> Table:

@@ -13,20 +13,29 @@ def headline(report: PruneReport) -> str:
     """Method, scheme, samples and what remains, in one line."""
     return (
         f"{clean(report.method)}, {clean(report.scheme)} scheme, {plural(report.samples, 'calibration sample')}: "
-        f"{report.nonzeros:,} of {report.weights:,} weights remain ({percent(report.density)})"
+        f"{report.nonzeros:,} of {report.weights:,} weights remain ({percent(report.density)}); of the whole model's "
+        f"{report.model.parameters:,} parameters {percent(report.model.zero_share)} are zero"
     )
+
+
+def left_out_words(report: PruneReport) -> list[str]:
+    """One line for each module that was not pruned, and one for what never is."""
+    return [
+        *(clean(str(left)) for left in report.model.left_out),
+        f"{report.model.vectors:,} parameters of biases, norms and other vectors",
+    ]
 
 
 def layer_remarks(layer: LayerReport) -> list[str]:
     """What to do about a layer's status, and the layer's notes."""
     remarks = [] if layer.status.ok else [f"{layer.status.value}: {layer.status.remedy}"]
-    return remarks + [clean(note) for note in layer.notes]
+    return remarks + layer.warnings() + [clean(note) for note in layer.notes]
 
 
 def certificate_words(certificate: Certificate) -> list[str]:
     """The certificate in sentences. The first is always the verdict; what does not hold comes next."""
     return [
-        f"The certificate {'holds' if certificate.holds else 'does NOT hold'}. {verdict(certificate)}",
+        verdict(certificate),
         *failures(certificate),
         *_layer_words(certificate),
         *_scheme_words(certificate),
@@ -39,57 +48,39 @@ def certificate_words(certificate: Certificate) -> list[str]:
 
 
 def verdict(certificate: Certificate) -> str:
-    """Whether what is stated is met, in one sentence."""
-    what = (
-        "Every stated tolerance and every stated bound is met" if certificate.holds else "Not every stated tolerance or stated bound is met"
-    )
-    return f"{what} by the weights as stored (arithmetic: {clean(certificate.arithmetic)})."
+    """The one verdict, in one sentence."""
+    asked = "" if any(layer.asked for layer in certificate.layers) else "; nothing was asked for that could be missed"
+    meaning = _sentence(certificate.verdict.meaning + asked)
+    return f"Verdict: {certificate.verdict.value}. {meaning} Arithmetic: {clean(certificate.arithmetic)}."
 
 
 def failures(certificate: Certificate) -> list[str]:
     """One sentence for each layer that does not hold, and one for the network's output; none where all hold."""
-    words = []
-    for layer in certificate.layers:
-        if layer.holds:
-            continue
-        causes = []
-        if layer.tolerance is not None and layer.distance > layer.tolerance:
-            share, allowed = (share_of(value, layer.reference_norm) for value in (layer.distance, layer.tolerance))
-            relative = "" if share is None else f" ({percent(share)} of the norm of its reference output, {percent(allowed)} allowed)"
-            causes.append(f"its distance {layer.distance:.7g} is above its tolerance {layer.tolerance:.7g}{relative}")
-        causes += _above_bound(layer.discrepancy, layer.bound)
-        words.append(f"Not met: layer {quoted(layer.name)}: {' and '.join(causes) or 'a stated number could not be confirmed'}.")
-    network = certificate.network
-    if not network.holds:
-        causes = _above_bound(network.achieved, network.bound)
-        words.append(f"Not met: network output: {' and '.join(causes) or 'a stated number could not be confirmed'}.")
-    return words
+    return [_sentence(clean(text)) for text in certificate.failures()]
 
 
-def _above_bound(discrepancy: float, bound: float | None) -> list[str]:
-    if bound is None or discrepancy <= bound:
-        return []
-    return [f"its discrepancy {discrepancy:.7g} is above its stated bound {bound:.7g}: one of them is wrong"]
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _layer_words(certificate: Certificate) -> list[str]:
     inputs = "the pruned network's own inputs" if certificate.scheme == "cascade" else "the reference network's inputs"
     bounded = [(layer, layer.tolerance) for layer in certificate.layers if layer.tolerance is not None]
-    confirmed = [(layer, tolerance) for layer, tolerance in bounded if layer.holds]
+    confirmed = [(layer, tolerance) for layer, tolerance in bounded if layer.met]
     words = []
     if not bounded:
         words.append(
-            "No layer was given a tolerance (its target was a sparsity or a penalty), so the certificate states how far each layer "
-            f"moved. On the calibration rows and {inputs}, a layer's output differs from the reference output by no more than the "
-            "distance of its pre-activations to the set that the activation maps to the reference output, in the Frobenius norm (Lemma 1)."
+            "No layer has a tolerance (its target was a number of weights, a pattern or a penalty, or none is claimed of it), so the "
+            f"certificate states how far each layer moved. On the calibration rows and {inputs}, a layer's output differs from the "
+            "reference output by no more than the distance of its pre-activations to the set that the activation maps to the reference "
+            "output, in the Frobenius norm (Lemma 1)."
         )
     elif not confirmed:
-        words.append("No layer with a tolerance is confirmed to meet it.")
+        words.append("No layer with a tolerance meets it.")
     else:
         who = "Each layer with a tolerance meets it"
         if len(confirmed) < len(bounded):
-            are = "is" if len(confirmed) == 1 else "are"
-            who = f"Of {len(bounded)} layers with a tolerance, {len(confirmed)} {are} confirmed to meet it"
+            who = f"Of {len(bounded)} layers with a tolerance, {len(confirmed)} {'meets' if len(confirmed) == 1 else 'meet'} it"
         words.append(
             f"{who}: on the calibration rows of its program and {inputs}, the pruned layer's pre-activations lie within the tolerance of "
             "the set that the activation maps to the reference output. The activation cannot enlarge a distance, so on those inputs the "
