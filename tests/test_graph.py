@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from verdicts import truthful
 
 from nettrim import NetTrim, preimage, prune
 from nettrim.graph import Chain, Graph, Step, read
@@ -250,7 +251,7 @@ def test_no_bound_passes_what_may_have_been_changed_in_place() -> None:
     graph = read(ChangedInPlace().eval(), ["first", "last"])
     assert graph.chain.steps == (Step("first"),) and "in place" in graph.chain.reason
     result = prune(ChangedInPlace(), [torch.randn(100, 6)], NetTrim(sparsity=0.3), scheme="parallel", progress=False)
-    assert result.certificate.network.bound is None and result.certificate.holds
+    assert result.certificate.network.bound is None and truthful(result)
 
 
 class MadeInForward(nn.Module):
@@ -269,7 +270,7 @@ def test_tensors_that_forward_makes_are_seen_in_every_copy(scheme: str) -> None:
     torch.manual_seed(0)
     model = MadeInForward()
     result = prune(model, [torch.randn(100, 6)], NetTrim(sparsity=0.3), scheme=scheme, progress=False)
-    assert result.certificate.holds and result.report.layers[0].activation == "relu"
+    assert truthful(result) and result.report.layers[0].activation == "relu"
     assert not any(name.startswith("_tensor") for name in (*vars(model), *vars(result.model)))
 
 
@@ -307,7 +308,7 @@ def test_untraceable_models_are_matched_linearly_and_say_so() -> None:
     x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
     result = prune(Branching(), x, NetTrim(epsilon=0.1), progress=False)
     assert any("could not be traced" in note for note in result.report.notes)
-    assert result.certificate.holds
+    assert truthful(result)
     assert [layer.source for layer in result.certificate.layers] == ["not seen", "not seen"]
 
 
@@ -446,5 +447,5 @@ def test_a_model_that_is_one_layer() -> None:
     assert read(nn.Linear(3, 2).eval(), [""]).chain == Chain((Step(""),))
     x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
     result = prune(nn.Linear(3, 2), x, NetTrim(epsilon=0.1), progress=False)
-    assert result.certificate.holds
+    assert truthful(result)
     assert result.certificate.network.bound is not None

@@ -78,7 +78,7 @@ def test_n_of_m_on_networks(method: Any, pattern: str) -> None:
         found, _, nonzeros = kept_of(module.weight, getattr(module, "groups", 1), pattern)
         full, rest = divmod(report.inputs, of)
         assert found == most and nonzeros == report.nonzeros == report.outputs * (full * most + min(rest, most)), report.name
-        assert report.target == f"sparsity {1 - most / of:g}"
+        assert report.target == f"pattern {most}:{of}"
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -115,8 +115,8 @@ def test_saved_results_verify_and_a_changed_tolerance_does_not(tmp_path: Path) -
         nettrim.verify(folder, network(), samples())
         report = folder / "report.json"
         text = report.read_text()
-        assert '"inflation 1.04881"' in text
-        report.write_text(text.replace('"inflation 1.04881"', '"inflation 1.01"'))
+        assert f'"inflation {math.sqrt(1.1)!r}"' in text
+        report.write_text(text.replace(f'"inflation {math.sqrt(1.1)!r}"', '"inflation 1.01"'))
         with pytest.raises(nettrim.CertificateError, match=r"inflation 1\.01"):
             nettrim.verify(folder, network(), samples())
 
@@ -127,8 +127,7 @@ def test_published_program_reports_its_violation() -> None:
         assert layer.violation is not None and 0 <= layer.violation < 0.01
     assert result.report.layers[-1].violation == 0.0
     assert pruned(NetTrim(epsilon=0.1), "parallel").report.layers[0].violation is None
-    table = str(result.certificate)
-    assert "halfspace" in table
+    assert "halfspace" in str(result.certificate)
 
 
 def test_published_program_without_gamma_in_the_cascade_widens_what_is_out_of_reach() -> None:
@@ -136,7 +135,7 @@ def test_published_program_without_gamma_in_the_cascade_widens_what_is_out_of_re
     second = result.report.layers[1]
     assert second.status is Status.INFEASIBLE
     assert "the original weights' own residual was used" in " ".join(second.notes)
-    assert result.certificate.holds  # of the tolerance that was used
+    assert result.certificate.sound and not result.certificate.layers[1].met
 
 
 def test_zero_tolerance_and_zero_outputs() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from .certificate import Certificate
+from .certificate import Certificate, LayerCertificate
 from .records import build, items
 from .status import InvalidInput, Status
 from .whole import LeftOut, WholeModel
+
+SOLVED = "it was solved to a distance of"  # how the note on a distance that was not foreseen begins
 
 
 @dataclass(frozen=True)
@@ -186,8 +189,8 @@ def as_certified(layers: Sequence[LayerReport], certificate: Certificate) -> lis
     """The layers with the certificate's numbers in the place of those of the moment when each was solved: one number for one thing.
 
     They differ where a layer's target was shifted (``correction`` below 1), where it is called more than once in a cascade, or where the
-    branch that is added to it was pruned after it: no tolerance is claimed then, and its notes say so. The gap of the published program
-    is the solver's own, which no certificate has.
+    branch that is added to it was pruned after it: no tolerance is claimed then, and a note says what the solver had reached. The gap of
+    the published program is the solver's own, which no certificate has.
     """
     return [
         replace(
@@ -197,7 +200,15 @@ def as_certified(layers: Sequence[LayerReport], certificate: Certificate) -> lis
             distance=stated.distance,
             tolerance=stated.tolerance,
             original_distance=stated.original_distance,
-            gap=layer.gap if stated.gap is None else stated.gap,
+            gap=layer.gap if certificate.program == "halfspace" else stated.gap,
+            notes=(*layer.notes, *_unforeseen(layer, stated)),
         )
         for layer, stated in zip(layers, certificate.layers, strict=True)
     ]
+
+
+def _unforeseen(layer: LayerReport, stated: LayerCertificate) -> list[str]:
+    """A note where the finished network's distance is not the one that the solver left."""
+    if math.isclose(layer.distance, stated.distance, rel_tol=1e-5, abs_tol=1e-6 * stated.reference_norm):
+        return []
+    return [f"{SOLVED} {layer.distance:.4g} from its target at that time; the distance stated is that of the finished network"]
