@@ -170,7 +170,7 @@ def has_statistics(module: nn.Module) -> bool:
 
 def norm_scale(module: nn.Module) -> Tensor:
     """The factor (C,) by which a batch-norm in eval mode multiplies each channel, in float64."""
-    assert isinstance(module, NORMS) and module.running_var is not None
+    assert isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None
     weight = torch.ones_like(module.running_var) if module.weight is None else module.weight.detach()
     return weight.double() / (module.running_var.double() + module.eps).sqrt()
 

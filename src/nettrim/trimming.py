@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from .calibration import Calibration, forward, inputs_of, labels, output_tensors
 from .capture import Replica, device_of, random_state_kept, replicate
+from .deploy import constants
 from .deploy.channels import Flow
 from .deploy.compact import channel_flow, check, compact
 from .deploy.follow import LAYERS, arguments
@@ -222,9 +223,11 @@ def mask(model: nn.Module, flow: Flow, classes: Iterable[int]) -> None:
             if side == "in":
                 continue
             module: Any = model.get_submodule(name)
-            if module.weight is not None:
+            if constants.is_layer(module):
+                constants.by_output(module)[channels] = 0
+            elif module.weight is not None:
                 module.weight[channels] = 0
-            if module.bias is not None:
+            if getattr(module, "bias", None) is not None:
                 module.bias[channels] = 0
             if module.weight is None and isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
                 module.running_mean[channels] = 0  # without weights of its own it is zero where its mean is

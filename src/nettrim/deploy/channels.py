@@ -13,7 +13,7 @@ End = tuple[str, str]
 
 
 class NotUnderstood(Exception):
-    """A node's effect on channels is not known; what goes into it stays."""
+    """A node's effect on channels is not known; what goes into it stays. Its text says why, where there is more to say than its name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,9 @@ class Flow:
 
     ``ends`` gives, for every module that would become smaller, the class of each of its channels; ``inputs`` the constants that the
     channels of a layer's input hold; ``norms`` the batch-norm right behind a layer. ``fixed`` says why a class cannot be removed.
-    ``rectified`` has, by the name of its node in ``module``, the dimension of every ReLU's channels and their classes.
+    ``rectified`` has, by the name of its node in ``module``, the dimension of every ReLU's channels and their classes. ``outside`` says of
+    Linear and convolutional layers that are not among the ``inputs`` why they keep their sizes. ``foreign`` are classes that come from
+    something whose channels cannot be followed, and that layers alone read.
     """
 
     count: int
@@ -40,6 +42,8 @@ class Flow:
     norms: dict[str, str]
     fixed: dict[int, str]
     rectified: dict[str, tuple[int, Tensor]]
+    outside: dict[str, str]
+    foreign: set[int]
     module: fx.GraphModule
 
     def places(self, classes: Iterable[int]) -> dict[End, list[int]]:

@@ -19,7 +19,8 @@ from . import constants
 from .channels import Flow
 from .constants import Layer, Norm
 from .follow import follow
-from .removal import Dependencies, library
+from .removal import Dependencies, first_line, library
+from .staying import Step, staying
 
 EXACT = 1e-5
 """By how much the outputs may differ, relative to the largest; more only where the dtype itself is coarser."""
@@ -99,9 +100,9 @@ def compact(model: nn.Module, example: Any, *, device: torch.device | str | None
         twin = replicate(model, place, None)
         reference = outputs(twin, example, "compact")
         before = _sizes(twin.model)
-        notes: dict[str, None] = {}
         passes = 0
-        while _shrink(twin, example, notes):
+        while (step := _step(twin, example)).gone:
+            _remove(step, twin, example)
             passes += 1
         difference = relative_difference(reference, outputs(twin, example, "compact"))
     _refuse_changed(twin.model, difference)
@@ -111,7 +112,7 @@ def compact(model: nn.Module, example: Any, *, device: torch.device | str | None
     for name, module in model.named_modules():
         made.get_submodule(name).training = module.training
     layers = tuple(Shrunk(name, *zip(old, after[name], strict=True)) for name, old in before.items())
-    return Compacted(made, layers, (_count(model), _count(made)), difference, passes, tuple(notes))
+    return Compacted(made, layers, (_count(model), _count(made)), difference, passes, tuple(staying(step)))
 
 
 def check(model: object, example: Any, what: str) -> None:
@@ -130,10 +131,10 @@ def outputs(twin: Replica, example: Any, what: str) -> dict[Any, Tensor]:
     """The network's outputs on the example. Raises InvalidInput."""
     try:
         found = twin.run(example)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        if isinstance(error, InvalidInput):
-            raise
-        raise InvalidInput(f"{what}: the model cannot run on the example: {str(error).splitlines()[0]}") from error
+    except InvalidInput:
+        raise
+    except Exception as error:  # a user's forward may raise anything
+        raise InvalidInput(f"{what}: the model cannot run on the example: {first_line(error)}") from error
     return output_tensors(found)
 
 
@@ -157,47 +158,57 @@ def channel_flow(twin: Replica, example: Any, what: str) -> Flow:
     return follow(twin.model, graph.traced, dict(zip(inputs, placed, strict=True)) if isinstance(inputs, Mapping) else placed[0])
 
 
-def _shrink(twin: Replica, example: Any, notes: dict[str, None]) -> bool:
-    """Removes what is dead now; whether there was anything."""
+def _step(twin: Replica, example: Any) -> Step:
+    """What can go now."""
     flow = channel_flow(twin, example, "compact")
     modules = dict(twin.model.named_modules())
-    dead, carriers = _dead(flow, modules)
+    dead, carriers, read = _dead(flow, modules)
     if not dead:
-        return False
+        return Step(flow, modules, dead, set(), carriers, {}, read, None)
     dependencies = Dependencies(twin.model, example, twin.device)
     agreed, others = dependencies.agreed(flow, dead)
-    for (name, _), places in flow.places(others).items() if others else ():
-        notes[
-            f"{name}: {len(places)} dead channels stay, because torch-pruning and the traced graph do not agree on what goes with them"
-        ] = None
-    gone = _leave_one(flow, agreed)
-    if not gone:
-        return False
-    removed = flow.places(gone)
+    why = dependencies.failure or "torch-pruning and the traced graph do not agree on what goes with them"
+    return Step(flow, modules, dead, _leave_one(flow, agreed), carriers, dict.fromkeys(others, why), read, dependencies)
+
+
+def _remove(step: Step, twin: Replica, example: Any) -> None:
+    """Takes out what can go, its constants folded into what stays. Raises NetTrimError where what is left does not run."""
+    flow = step.flow
+    removed = flow.places(step.gone)
     for name, values in flow.inputs.items():
-        layer = cast(Layer, modules[name])
+        layer = cast(Layer, step.modules[name])
         lost = torch.zeros(len(values), dtype=torch.bool)
         lost[removed.get((name, "in"), [])] = True
-        norm = cast(Norm, modules[flow.norms[name]]) if name in flow.norms else None
+        norm = cast(Norm, step.modules[flow.norms[name]]) if name in flow.norms else None
         able = constants.foldable(layer, values, layer.bias is not None or norm is not None)
-        carrier = carriers.get(name)
+        carrier = step.carriers.get(name)
         for i in torch.nonzero(lost & ~able).flatten().tolist():
             assert carrier is not None
             constants.merge(layer, i, carrier, float(values[i] / values[carrier]))
         constants.fold(layer, norm, values, lost & able)
-    dependencies.remove(removed)
-    return True
+    assert step.dependencies is not None
+    try:
+        step.dependencies.remove(removed)
+        twin.run(example)
+    except Exception as error:  # torch-pruning raises many kinds, and so does a forward that counts on sizes
+        raise NetTrimError(
+            f"compact: the model does not run without its dead channels ({type(error).__name__}: {first_line(error)}): nothing is made; "
+            "take sizes that are written as numbers out of forward"
+        ) from error
 
 
-def _dead(flow: Flow, modules: Mapping[str, nn.Module]) -> tuple[set[int], dict[str, int]]:
-    """Classes that can go without changing the function, and the input that carries the others' constants, by layer."""
+def _dead(flow: Flow, modules: Mapping[str, nn.Module]) -> tuple[set[int], dict[str, int], dict[int, str]]:
+    """Classes that can go without changing the function; the input that carries the others' constants, by layer; classes that are read."""
     movable = torch.ones(flow.count, dtype=torch.bool)
     movable[list(flow.fixed)] = False
     folding: dict[str, Tensor] = {}  # inputs that can go by themselves
+    needed: dict[int, str] = {}
     for name, values in flow.inputs.items():
         layer = cast(Layer, modules[name])
         folding[name] = constants.foldable(layer, values, layer.bias is not None or name in flow.norms)
-        movable[flow.ends[name, "in"][~folding[name] & values.isnan()]] = False
+        read = flow.ends[name, "in"][~folding[name] & values.isnan()]
+        movable[read] = False
+        needed |= dict.fromkeys(read.tolist(), name)
     carriers: dict[str, int] = {}
     # what is left are constants that cannot be folded: the largest of a layer stays and carries the others
     for name, values in flow.inputs.items():
@@ -208,7 +219,7 @@ def _dead(flow: Flow, modules: Mapping[str, nn.Module]) -> tuple[set[int], dict[
         carrier = int(torch.where(hard, values.abs(), 0.0).argmax())
         carriers[name] = carrier
         movable[ids[carrier]] = False
-    return {int(c) for c in torch.nonzero(movable).flatten()}, carriers
+    return {int(c) for c in torch.nonzero(movable).flatten()}, carriers, needed
 
 
 def _leave_one(flow: Flow, classes: set[int]) -> set[int]:
@@ -223,11 +234,12 @@ def _leave_one(flow: Flow, classes: set[int]) -> set[int]:
 
 def _sizes(model: nn.Module) -> dict[str, tuple[int, int, int]]:
     """Outputs, inputs and parameters of every Linear and convolution."""
-    return {
-        name: (module.weight.shape[0], module.in_features if isinstance(module, nn.Linear) else module.in_channels, _count(module))
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
-    }
+    return {name: (*_width(cast(Layer, module)), _count(module)) for name, module in model.named_modules() if constants.is_layer(module)}
+
+
+def _width(layer: Layer) -> tuple[int, int]:
+    """Outputs and inputs."""
+    return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else (layer.out_channels, layer.in_channels)
 
 
 def _count(module: nn.Module) -> int:

@@ -10,30 +10,52 @@ from torch import Tensor, nn
 
 from ..nodes import norm_scale
 
-Layer = nn.Linear | nn.Conv1d | nn.Conv2d
-Norm = nn.BatchNorm1d | nn.BatchNorm2d
+Layer = nn.Linear | nn.modules.conv._ConvNd
+Norm = nn.modules.batchnorm._BatchNorm
+
+
+def by_output(layer: Layer) -> Tensor:
+    """A view of the weights as (outputs, inputs of a group, taps...); a transposed convolution keeps its inputs first."""
+    weight = layer.weight.detach()
+    if isinstance(layer, nn.Linear) or not layer.transposed:
+        return weight
+    if layer.groups == 1:
+        return weight.transpose(0, 1)
+    parts = weight.reshape(layer.groups, -1, *weight.shape[1:])  # (groups, inputs of a group, outputs of a group, taps...)
+    return parts.transpose(1, 2).flatten(0, 1)
 
 
 def touched(layer: Layer) -> Tensor:
     """Which pairs (outputs, inputs of a group) have a weight other than zero."""
-    found = layer.weight.detach() != 0
+    found = by_output(layer) != 0
     return (found.flatten(2).any(2) if found.ndim > 2 else found).cpu()
 
 
 def sums(layer: Layer, columns: Tensor) -> Tensor:
     """The weights of some inputs (a mask (inputs of a group,)), summed over taps: (outputs, chosen), float64; only these are copied."""
-    weight = layer.weight.detach()[:, columns.to(layer.weight.device)].double().cpu()
+    weight = by_output(layer)[:, columns.to(layer.weight.device)].double().cpu()
     return weight.flatten(2).sum(2) if weight.ndim > 2 else weight
+
+
+def is_layer(module: nn.Module) -> bool:
+    """True for what holds weights between input and output channels."""
+    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and module.weight.ndim > 1
 
 
 def is_depthwise(layer: Layer) -> bool:
     """True for a convolution of each channel by itself."""
-    return not isinstance(layer, nn.Linear) and layer.groups == layer.in_channels == layer.out_channels > 1
+    if isinstance(layer, nn.Linear) or layer.transposed:
+        return False
+    return layer.groups == layer.in_channels == layer.out_channels > 1
 
 
-def pads_with_zeros(layer: Layer) -> bool:
-    """True where a constant input does not give a constant output: the border sees zeros too."""
-    if isinstance(layer, nn.Linear) or layer.padding_mode != "zeros" or layer.padding == "valid":
+def moves_constants(layer: Layer) -> bool:
+    """True where a constant input does not give a constant output: the border sees zeros too, or each position other taps."""
+    if isinstance(layer, nn.Linear):
+        return False
+    if layer.transposed:
+        return True
+    if layer.padding_mode != "zeros" or layer.padding == "valid":
         return False
     if isinstance(layer.padding, str):  # "same"
         return any(size > 1 for size in layer.kernel_size)
@@ -47,7 +69,7 @@ def read(layer: Layer) -> Tensor:
 
 def outputs(layer: Layer, values: Tensor) -> Tensor:
     """The constants (outputs,) that a layer makes of inputs with constants ``values`` (inputs,)."""
-    moving = values.isnan() | ((values != 0) if pads_with_zeros(layer) else torch.zeros_like(values, dtype=torch.bool))
+    moving = values.isnan() | ((values != 0) if moves_constants(layer) else torch.zeros_like(values, dtype=torch.bool))
     still = torch.where(moving, 0.0, values)
     if is_depthwise(layer):
         varies, found = touched(layer)[:, 0] & moving, sums(layer, torch.ones(1, dtype=torch.bool))[:, 0] * still
@@ -72,7 +94,7 @@ def foldable(layer: Layer, values: Tensor, place: bool) -> Tensor:
     ``place``: there is a bias, or a batch-norm right behind it.
     """
     taken = values == 0
-    if place and not pads_with_zeros(layer):
+    if place and not moves_constants(layer):
         taken |= ~values.isnan()
     return ~read(layer) | taken
 
@@ -94,5 +116,6 @@ def fold(layer: Layer, norm: Norm | None, values: Tensor, lost: Tensor) -> None:
 def merge(layer: Layer, source: int, target: int, ratio: float) -> None:
     """Adds ``ratio`` times the weights of input ``source`` to those of input ``target``, in place: exact where source = ratio * target."""
     with torch.no_grad():
-        both = layer.weight[:, target].double() + ratio * layer.weight[:, source].double()
-        layer.weight[:, target] = both.to(layer.weight.dtype)
+        weight = by_output(layer)
+        both = weight[:, target].double() + ratio * weight[:, source].double()
+        weight[:, target] = both.to(weight.dtype)

@@ -15,19 +15,25 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
 from ..calibration import inputs_of
-from ..nodes import NORMS, activation_of, has_statistics, hooked, keeps_places, label, norm_of, passes, reads_shape
+from ..nodes import activation_of, hooked, keeps_places, label, passes, reads_shape
 from . import constants
 from .channels import Channels, End, Flow, NotUnderstood
-from .constants import Layer
-from .moves import argument, averaged, moved, pooled
+from .constants import Layer, Norm
+from .moves import argument, averaged, moved, pooled, resized
 
 Node = fx.Node
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+OUTPUT = "they reach the network's output"
+COMES = "they come from "
+"""Why classes stay, where what is said of them depends on it."""
 
 
 def arguments(module: fx.GraphModule, batch: Any) -> tuple[Any, ...]:
@@ -76,6 +82,10 @@ class _Reader(fx.Interpreter):
         super().__init__(module, garbage_collect_values=True)
         self.modules = dict(module.named_modules())
         self.labels = _Labels()
+        self.lost: dict[Node, str] = {}
+        self.unknown: dict[tuple[Node, int], Channels] = {}
+        self.outside: dict[str, str] = {}
+        self.foreign: list[Tensor] = []
         self.states: dict[Node, Channels | None] = {}
         self.shapes: dict[Node, tuple[int, ...]] = {}
         self.ends: dict[End, Tensor] = {}
@@ -93,15 +103,22 @@ class _Reader(fx.Interpreter):
         if isinstance(value, Tensor):
             self.shapes[n] = tuple(value.shape)
         if n.op == "output":
-            self._hold(n.all_input_nodes, "it reaches the network's output")
+            self._hold(n.all_input_nodes, OUTPUT)
             return value
         try:
             state = self._state(n, value)
-        except NotUnderstood:
-            self._hold(n.all_input_nodes, f"it is read by {label(n, self.modules)}")
+        except NotUnderstood as error:
             state = None
+            words = label(n, self.modules) + (f", {error}" if str(error) else "")
+            self._hold(n.all_input_nodes, f"they are read by {words}")
+            self.lost[n] = words
+            if n.op == "call_module" and constants.is_layer(self.modules[str(n.target)]):
+                self.outside[str(n.target)] = str(error)
+        if state is None and n not in self.lost:
+            before = [self.lost[source] for source in n.all_input_nodes if source in self.lost]
+            self.lost |= {n: before[0]} if before else {}
         if state is not None and n in self.overwritten:
-            self.labels.held.append((state.labels, "it is changed in place while something else reads it"))
+            self.labels.held.append((state.labels, "they are changed in place while something else reads them"))
             state = Channels(state.dim, state.labels, torch.full_like(state.values, torch.nan))
         self.states[n] = state
         return value
@@ -109,10 +126,12 @@ class _Reader(fx.Interpreter):
     def flow(self, module: fx.GraphModule) -> Flow:
         """What was found."""
         count, classes = self.labels.classes()
-        fixed = {c: reason for held, reason in self.labels.held for c in set(classes[held].tolist())}
+        held = sorted(self.labels.held, key=lambda pair: pair[1] != OUTPUT)  # of several reasons, one that says more
+        fixed = {c: reason for labels, reason in held for c in set(classes[labels].tolist())}
         rectified = {name: (dim, classes[ids]) for name, (dim, ids) in self.rectified.items()}
         ends = {end: classes[ids] for end, ids in self.ends.items()}
-        return Flow(count, ends, self.inputs, self.norms, fixed, rectified, module)
+        foreign = {c for labels in self.foreign for c in classes[labels].tolist()}
+        return Flow(count, ends, self.inputs, self.norms, fixed, rectified, self.outside, foreign, module)
 
     def _hold(self, nodes: Iterable[Node], reason: str) -> None:
         for node in nodes:
@@ -127,7 +146,7 @@ class _Reader(fx.Interpreter):
             raise NotUnderstood
         if node.op == "call_module":
             module = self.modules[str(node.target)]
-            if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)):
+            if constants.is_layer(module) or isinstance(module, (*NORMS, nn.PReLU)):
                 return self._layer(node, str(node.target), module)
         if node.target in (torch.cat, torch.concat, torch.concatenate):
             return self._concatenated(node)
@@ -140,52 +159,70 @@ class _Reader(fx.Interpreter):
         if state is None:
             return None
         activation = activation_of(node, self.modules)
-        if activation is not None and activation.name != "softmax":
-            if activation.name in ("relu", "relu6"):
+        if (activation is not None and activation.name != "softmax") or _is_elementwise(node, self.modules):
+            if activation is not None and activation.name in ("relu", "relu6"):
                 self.rectified[node.name] = (state.dim, state.labels)
             return Channels(state.dim, state.labels, _where_known(state.values, lambda values: _applied(node, self.modules, values)))
         if keeps_places(node, self.modules) and passes(node, self.modules):
             return state
-        found = pooled(node, self.modules, state, len(before)) or averaged(node, state, len(before))
+        size = len(before)
+        found = pooled(node, self.modules, state, size) or averaged(node, state, size) or resized(node, self.modules, state, size)
         return found or moved(node, self.modules, state, before, self.shapes[node])
 
     def _layer(self, node: Node, name: str, module: nn.Module) -> Channels:
+        """Behind a layer, a batch-norm or a PReLU with parameters for each channel."""
         source = node.args[0] if node.args else None
         if not isinstance(source, Node) or len(node.all_input_nodes) != 1:
-            raise NotUnderstood
+            raise NotUnderstood("which takes other inputs too")
         state, size = self.states.get(source), len(self.shapes[source])
-        if self.calls[id(module)] > 1 or name in self.shared or hooked(module):
-            raise NotUnderstood
-        if has_statistics(module):
-            assert isinstance(module, NORMS)
-            if state is None or state.dim != 1 or module.training:
-                raise NotUnderstood
-            self.ends[name, "out"] = state.labels
-            return Channels(1, state.labels, constants.normed(module, state.values))
+        if self.calls[id(module)] > 1:
+            raise NotUnderstood("which is called more than once")
+        if name in self.shared:
+            raise NotUnderstood("whose parameters are used elsewhere too")
+        if hooked(module):
+            raise NotUnderstood("which has hooks")
+        if not constants.is_layer(module):
+            return self._each(name, module, state)
         if type(module) not in LAYERS:
             raise NotUnderstood
         layer = cast(Layer, module)
-        linear = isinstance(layer, nn.Linear)
-        dim = size - 1 if linear else 1
-        if not linear and size != layer.weight.ndim:
-            raise NotUnderstood  # a sample without batch dimension
+        dim = size - 1 if isinstance(layer, nn.Linear) else 1
+        if dim == 1 and size != layer.weight.ndim and not isinstance(layer, nn.Linear):
+            raise NotUnderstood("called on a sample without batch dimension")
         if state is not None and state.dim != dim:
-            raise NotUnderstood
-        inputs = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+            raise NotUnderstood("which reads another dimension")
         if state is None:  # the network's input, or something whose channels are not known
-            state = Channels(dim, self.labels.new(inputs), torch.full((inputs,), torch.nan, dtype=torch.float64))
-            self.labels.held.append((state.labels, "it comes from the network's input or from something that is not understood"))
+            state = self._unlabelled(dim, self.shapes[source][dim], source)
         if constants.is_depthwise(layer):
             self.ends[name, "out"] = state.labels
             return Channels(dim, state.labels, constants.outputs(layer, state.values))
-        if isinstance(layer, (nn.Conv1d, nn.Conv2d)) and layer.groups > 1:
-            raise NotUnderstood
-        behind = [norm_of(user, self.modules) for user in node.users]
-        if len(behind) == 1 and behind[0] and self.calls[id(self.modules[behind[0]])] == 1 and behind[0] not in self.shared and dim == 1:
+        if not isinstance(layer, nn.Linear) and layer.groups > 1:
+            raise NotUnderstood("a convolution in groups")
+        behind = [str(user.target) for user in node.users if user.op == "call_module"]
+        if len(behind) == len(node.users) == 1 and dim == 1 and self._foldable(behind[0]):
             self.norms[name] = behind[0]
         self.ends[name, "in"], self.inputs[name] = state.labels, state.values
-        own = self.ends[name, "out"] = self.labels.new(layer.weight.shape[0])
+        own = self.ends[name, "out"] = self.labels.new(len(constants.by_output(layer)))
         return Channels(dim, own, constants.outputs(layer, state.values))
+
+    def _each(self, name: str, module: nn.Module, state: Channels | None) -> Channels:
+        """Behind a batch-norm or PReLU, which treats each channel by itself."""
+        if state is None or state.dim != 1:
+            raise NotUnderstood("which reads another dimension" if state is not None else "")
+        if isinstance(module, nn.PReLU):
+            slopes = module.weight.detach().double().cpu()
+            if len(slopes) > 1:
+                self.ends[name, "out"] = state.labels
+            return Channels(1, state.labels, torch.where(state.values > 0, state.values, state.values * slopes))
+        if module.training or not _is_still(module):
+            raise NotUnderstood("which normalises by the batch")
+        self.ends[name, "out"] = state.labels
+        return Channels(1, state.labels, constants.normed(cast(Norm, module), state.values))
+
+    def _foldable(self, name: str) -> bool:
+        """Whether a module is a batch-norm of one layer, whose mean can take over constants."""
+        module = self.modules[name]
+        return _is_still(module) and not module.training and self.calls[id(module)] == 1 and name not in self.shared
 
     def _combined(self, node: Node, tensors: list[Node]) -> Channels | None:
         """Sums, differences and products, entry by entry."""
@@ -202,7 +239,7 @@ class _Reader(fx.Interpreter):
             elif isinstance(term, (int, float)):
                 parts.append(float(term))
             else:
-                raise NotUnderstood
+                raise NotUnderstood("with a tensor whose channels are not followed")
         states = [part for part in parts if isinstance(part, Channels)]
         if len(states) == 2:
             sizes = [len(self.shapes[term]) for term in node.args if isinstance(term, Node)]
@@ -210,7 +247,8 @@ class _Reader(fx.Interpreter):
                 raise NotUnderstood
             self.labels.same.append((states[0].labels, states[1].labels))
         first, second = (part.values if isinstance(part, Channels) else torch.tensor(part, dtype=torch.float64) for part in parts)
-        return Channels(states[0].dim, states[0].labels, kind(first, second))
+        values = kind(first, second)
+        return Channels(states[0].dim, states[0].labels, values.where(values.isfinite(), torch.nan))
 
     def _concatenated(self, node: Node) -> Channels | None:
         pieces = node.args[0] if node.args else node.kwargs.get("tensors")
@@ -225,7 +263,7 @@ class _Reader(fx.Interpreter):
         if any(state.dim != found[0].dim for state in found):
             raise NotUnderstood
         if dim == found[0].dim:
-            states = [self.states[piece] or self._unlabelled(dim, self.shapes[piece][dim]) for piece in nodes]
+            states = [self.states[piece] or self._unlabelled(dim, self.shapes[piece][dim], piece) for piece in nodes]
             return Channels(dim, torch.cat([s.labels for s in states]), torch.cat([s.values for s in states]))
         if len(found) < len(nodes):
             raise NotUnderstood
@@ -236,15 +274,36 @@ class _Reader(fx.Interpreter):
             values = torch.where(values == state.values, values, torch.nan)
         return Channels(found[0].dim, found[0].labels, values)
 
-    def _unlabelled(self, dim: int, count: int) -> Channels:
-        """Channels that stay."""
-        state = Channels(dim, self.labels.new(count), torch.full((count,), torch.nan, dtype=torch.float64))
-        self.labels.held.append((state.labels, "it is not a layer's"))
-        return state
+    def _unlabelled(self, dim: int, count: int, source: Node) -> Channels:
+        """Channels that stay, because they are not a layer's or where they come from cannot be followed."""
+        if (source, dim) not in self.unknown:
+            state = Channels(dim, self.labels.new(count), torch.full((count,), torch.nan, dtype=torch.float64))
+            layers = all(user.op == "call_module" and constants.is_layer(self.modules[str(user.target)]) for user in source.users)
+            self.labels.held.append((state.labels, COMES + self.lost.get(source, "the network's input")))
+            self.unknown[source, dim] = state
+            if layers and source in self.lost:
+                self.foreign.append(state.labels)
+        return self.unknown[source, dim]
+
+
+def _is_still(module: nn.Module) -> bool:
+    """True for a batch-norm that is a fixed affine map per channel in eval mode."""
+    return type(module) in NORMS and not hooked(module) and getattr(module, "running_mean", None) is not None
 
 
 def _where_known(values: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    return torch.where(values.isnan(), torch.nan, function(values.nan_to_num(0.0)))
+    found = function(values.nan_to_num(0.0))
+    return found.where(found.isfinite() & ~values.isnan(), torch.nan)
+
+
+def _is_elementwise(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """True for functions of one number, applied entry by entry with settings that are numbers, beside the activations."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return type(module) in _ELEMENTWISE_MODULES and not hooked(module)
+    named = node.target in _ELEMENTWISE if node.op == "call_function" else str(node.target).removesuffix("_") in _ELEMENTWISE_METHODS
+    settings = (*node.args[1:], *node.kwargs.values())
+    return named and all(isinstance(value, (int, float, bool)) for value in settings)
 
 
 def _applied(node: Node, modules: Mapping[str, nn.Module], values: Tensor) -> Tensor:
@@ -292,14 +351,22 @@ def _in_place(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     return bool(node.kwargs.get("inplace")) or True in node.args[1:] or name.endswith("_") or node.target in _ASSIGNING
 
 
-_ASSIGNING = (operator.iadd, operator.isub, operator.imul)
+_ASSIGNING = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 _BINARY: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
     **dict.fromkeys((operator.add, operator.iadd, torch.add), torch.add),
     **dict.fromkeys((operator.sub, operator.isub, torch.sub), torch.sub),
     **dict.fromkeys((operator.mul, operator.imul, torch.mul), torch.mul),
+    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div), torch.div),
 }
 _BINARY_METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     **dict.fromkeys(("add", "add_"), torch.add),
     **dict.fromkeys(("sub", "sub_"), torch.sub),
     **dict.fromkeys(("mul", "mul_"), torch.mul),
+    **dict.fromkeys(("div", "div_"), torch.div),
+}
+_ELEMENTWISE_MODULES = (nn.Hardshrink, nn.Threshold, nn.RReLU)
+_ELEMENTWISE_METHODS = {"abs", "exp", "neg", "pow", "sqrt", "square", "sin", "cos", "sign", "erf", "log1p", "expm1"}
+_ELEMENTWISE = {
+    *(getattr(torch, name) for name in _ELEMENTWISE_METHODS),
+    *(operator.neg, operator.abs, abs, operator.pow, F.hardshrink, F.threshold, F.softshrink, F.tanhshrink),
 }

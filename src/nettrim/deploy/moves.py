@@ -37,7 +37,31 @@ def pooled(node: Node, modules: Modules, state: Channels, size: int) -> Channels
     if state.dim >= size - found[0]:
         raise NotUnderstood
     # a mean over padded zeros is not the constant, nor is a sum divided by another number
-    return Channels(state.dim, state.labels, torch.where(state.values == 0, 0.0, torch.nan)) if padded else state
+    return Channels(state.dim, state.labels, state.values.where(state.values == 0, torch.nan)) if padded else state
+
+
+def resized(node: Node, modules: Modules, state: Channels, size: int) -> Channels | None:
+    """Behind an interpolation, or a padding, of the last of a tensor's ``size`` dimensions; None for another node. Raises NotUnderstood."""
+    module = modules[str(node.target)] if node.op == "call_module" else None
+    kind: Any = type(module) if module is not None and not hooked(module) else node.target if node.op == "call_function" else None
+    value: Any = 0.0
+    if kind in _SCALES:
+        reach = size - 2
+    elif kind is F.pad:
+        widths, value = argument(node, 1, "pad", None), argument(node, 3, "value", None) or 0.0
+        kind = argument(node, 2, "mode", "constant")
+        if not isinstance(widths, (tuple, list)):
+            raise NotUnderstood
+        reach = len(widths) // 2
+    elif kind in _PADS:
+        padding, value = cast(Any, module).padding, getattr(module, "value", 0.0)
+        kind, reach = _PADS[kind], len(padding) // 2
+    else:
+        return None
+    if state.dim >= size - reach or not isinstance(value, (int, float)):
+        raise NotUnderstood
+    # a border that is filled holds the fill value, which is the channel's constant only where the two are the same
+    return Channels(state.dim, state.labels, state.values.where(state.values == value, torch.nan)) if kind == "constant" else state
 
 
 def averaged(node: Node, state: Channels, size: int) -> Channels | None:
@@ -118,6 +142,12 @@ _POOLS: dict[type[nn.Module], tuple[int, bool]] = {
     nn.AvgPool2d: (2, True),
     **{kind: (1, False) for kind in (nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d)},
     **{kind: (2, False) for kind in (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)},
+}
+_SCALES = (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, F.interpolate)
+_PADS: dict[Any, str] = {
+    **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d), "constant"),
+    **dict.fromkeys((nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d), "copied"),
+    **dict.fromkeys((nn.CircularPad1d, nn.CircularPad2d), "copied"),
 }
 _POOL_FUNCTIONS: dict[Any, tuple[int, bool]] = {
     **dict.fromkeys((F.max_pool1d, torch.max_pool1d), (1, False)),

@@ -18,6 +18,11 @@ from ..solvers.reference import MissingExtra
 from .channels import End, Flow
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or ["no reason given"])[0]
+
+
 def library() -> ModuleType:
     """torch-pruning. Raises MissingExtra."""
     try:
@@ -35,6 +40,7 @@ class Dependencies:
         names = {id(module): name for name, module in self.modules.items()}
         self.names = names
         self.model = model
+        self.failure = ""
         flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         try:
             for parameter in model.parameters():
@@ -52,6 +58,8 @@ class Dependencies:
                         output_transform=lambda output: list(output_tensors(output).values()),
                     )
                 )
+        except Exception as error:  # it raises many kinds for graphs that it cannot read
+            self.failure = f"torch-pruning cannot read the model's graph ({type(error).__name__}: {first_line(error)})"
         finally:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(flags[name])
@@ -60,11 +68,17 @@ class Dependencies:
         """All that goes with some output channels of a layer; None where that is more than channels of modules."""
         module = self.modules[name]
         found: dict[End, set[int]] = {}
-        if module not in self.graph.module2node:
+        if self.failure or module not in self.graph.module2node:
             return None
         pruner = self.graph.get_pruner_of_module(module)
-        for item in self.graph.get_pruning_group(module, pruner.prune_out_channels, idxs=sorted(channels)):
+        try:
+            group = self.graph.get_pruning_group(module, pruner.prune_out_channels, idxs=sorted(channels))
+        except Exception:  # as above
+            return None
+        for item in group:
             target = item.dep.target.module
+            if isinstance(target, nn.PReLU) and target.num_parameters == 1:
+                continue  # one slope for all channels
             if isinstance(target, nn.Parameter) or item.dep.target.type == library().ops.OPTYPE.OUTPUT:
                 return None
             if id(target) in self.names:
