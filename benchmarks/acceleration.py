@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import nettrim
 from nettrim.deploy.sparse_chain import SparseChain
 from nettrim.deploy.sparse_region import SparseRegion
 from nettrim.deploy.sparse_steps import Step, sparse_weights, window_of
-from nettrim.deploy.sparse_timing import interleaved, typical
+from nettrim.deploy.timing import side_by_side
 from nettrim.experiments import zoo
 
 matplotlib.use("Agg")
@@ -104,11 +105,12 @@ def layer_row(layer: nn.Linear | nn.Conv2d, shape: tuple[int, ...], budget: floa
     with torch.inference_mode():
         wanted = layer(x)
         assert float((regions[next(iter(regions))](x) - wanted).abs().max() / wanted.abs().max()) < 1e-5
-    found = {name: typical(seconds) for name, seconds in interleaved(candidates, budget).items()}
+    found = {name: passes.median for name, passes in side_by_side(candidates, budget).items()}
     direct = min(found[name] for name in regions)
     best = min(regions, key=lambda name: found[name])
-    workspace = regions[best].workspace([x])
-    inside = typical(workspace.seconds(20, regions[best].threads(workspace.plan.work))[0]) * shape[0] / regions[best].chunk
+    workspace, chunks = regions[best].workspace([x]), math.ceil(shape[0] / regions[best].chunk)
+    single = workspace.single(regions[best].threads(workspace.plan.work), chunks)
+    inside = side_by_side({"inside": single[0]}, budget)["inside"].median
     row = {name: seconds for name, seconds in found.items() if name not in regions}
     return {"seconds": {**row, "sparse": direct, "inside": inside}, "chunk": regions[best].chunk}
 
@@ -117,7 +119,7 @@ def network_row(model: nn.Module, shape: tuple[int, ...], budget: float) -> dict
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     made = nettrim.accelerate(model, x, budget=budget)
     candidates = {**dense_forms(model, x), "accelerated": lambda: made.model(x)}
-    found = {name: typical(seconds) for name, seconds in interleaved(candidates, 2 * budget).items()}
+    found = {name: passes.median for name, passes in side_by_side(candidates, 2 * budget).items()}
     regions = [part for part in made.model.modules() if isinstance(part, SparseRegion)]
     return {
         "seconds": found,

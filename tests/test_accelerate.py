@@ -25,7 +25,7 @@ from nettrim.deploy import kernels_team, semi_structured, sparse_candidates
 from nettrim.deploy.compact import relative_difference
 from nettrim.deploy.sparse_chain import SparseChain
 from nettrim.deploy.sparse_region import SparseRegion
-from nettrim.deploy.sparse_timing import interleaved, typical
+from nettrim.deploy.timing import Passes
 from nettrim.experiments import zoo
 from nettrim.status import InvalidInput, NetTrimError
 
@@ -64,8 +64,9 @@ def force(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
         assert wanted in found.candidates, found.candidates
         return found
 
-    def whole(found: sparse_candidates.Found, *rest: Any) -> dict[str, float]:
-        return {name: 1.0 if name == wanted else 2.0 for name in found.candidates}
+    def whole(found: sparse_candidates.Found, *rest: Any) -> dict[str, Passes]:
+        seconds = {name: 1.0 if name == wanted else 2.0 for name in found.candidates}
+        return {name: Passes([value] * 10, turns=[value] * 10) for name, value in seconds.items()}
 
     monkeypatch.setattr(sparse_candidates, "search", search)
     monkeypatch.setattr(module, "_whole", whole)
@@ -217,12 +218,12 @@ class Branching(nn.Module):
 def test_without_a_graph_layers_are_replaced_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model = sparse(Branching())
     x = draw(8, 1, 12, 12)
-    monkeypatch.setattr(sparse_candidates, "typical", lambda seconds: 1.0)  # min() then takes the first: dense
+    monkeypatch.setattr(sparse_candidates, "_seconds", lambda runs, budget: dict.fromkeys(runs, 1.0))  # min() then takes the first: dense
     made = nettrim.accelerate(model, x, budget=BUDGET)
     assert made.kept == "dense" and set(made.seconds) == {"dense"}
 
     order = iter([2.0, 1.0, 3.0, 1.0, 2.0])  # conv: dense, direct; fc: dense, csr, direct
-    monkeypatch.setattr(sparse_candidates, "typical", lambda seconds: next(order))
+    monkeypatch.setattr(sparse_candidates, "_seconds", lambda runs, budget: {kind: next(order) for kind in runs})
     force(monkeypatch, "sparse where faster alone")
     made = nettrim.accelerate(model, x, budget=BUDGET)
     assert any("one at a time" in note for note in made.notes)
@@ -285,8 +286,8 @@ def test_hooks_of_what_is_traced_into_stay(place: str, monkeypatch: pytest.Monke
     seen: list[Any] = []
     model = sparse(nn.Sequential(nn.Sequential(nn.Linear(12, 12), nn.ReLU()), nn.Linear(12, 3)), 0.5)
     model.get_submodule(place).register_forward_hook(lambda module, inputs, output: seen.append(output))
-    monkeypatch.setattr(sparse_candidates, "typical", lambda seconds: -len(seen))  # what is timed last wins
-    monkeypatch.setattr(sparse_candidates, "interleaved", lambda candidates, budget: {kind: seen.append(0) or [] for kind in candidates})
+    # what is timed last wins
+    monkeypatch.setattr(sparse_candidates, "_seconds", lambda runs, budget: {kind: -number for number, kind in enumerate(runs)})
     made = nettrim.accelerate(model, draw(5, 12), budget=BUDGET)
     assert all(isinstance(value, Tensor) or value == 0 for value in seen)  # no stand-in of the tracer's
     assert any("hooks of" in note and "one at a time" in note for note in made.notes)
@@ -494,10 +495,3 @@ def test_the_semi_structured_kernel_says_what_it_needs() -> None:
         half.weight[:, ::2] = 0
     assert semi_structured.unable(half, cuda) == ""
     assert "no semi-structured" in semi_structured.unable(nn.Conv2d(1, 1, 1), cuda)
-
-
-def test_timing_is_interleaved_and_bounded() -> None:
-    calls: list[str] = []
-    taken = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, budget=1e-9, fewest=4, most=10)
-    assert calls == ["a", "a", "b", "b"] + ["a", "b"] * 4 and all(len(seconds) == 4 for seconds in taken.values())
-    assert typical([5.0, 1.0, 2.0, 3.0]) == 2.0 and typical([4.0]) == 4.0

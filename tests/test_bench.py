@@ -20,11 +20,11 @@ from typer.testing import CliRunner, Result
 
 import nettrim
 from nettrim.cli import app
-from nettrim.deploy import bench_timing
+from nettrim.deploy import timing as clock_of
 from nettrim.deploy.bench_result import Bench, Form, Timing
-from nettrim.deploy.bench_timing import ROUNDS, Passes, side_by_side
 from nettrim.deploy.counting import count
 from nettrim.deploy.machine import Machine, this_machine
+from nettrim.deploy.timing import ROUNDS, Passes, apart, faster_in, side_by_side
 from nettrim.experiments.models import fully_connected
 from nettrim.render import bench_files, report_html
 from nettrim.render.bench_table import bench_text
@@ -128,8 +128,8 @@ def test_weights_that_are_no_layers_are_named() -> None:
 
 def test_every_candidate_has_its_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10**6))  # a pass takes one second
-    monkeypatch.setattr(bench_timing, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
-    monkeypatch.setattr(bench_timing, "_interruptions", lambda: 0)
+    monkeypatch.setattr(clock_of, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(clock_of, "_interruptions", lambda: 0)
     calls: list[str] = []
     runs = {name: lambda name=name: calls.append(name) for name in "abc"}  # type: ignore[misc]
     taken = side_by_side(runs, 2.5 * ROUNDS)
@@ -141,9 +141,9 @@ def test_every_candidate_has_its_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "".join(calls).startswith("aaabbbccc" + "aabbcc" + "bca" + "cab")  # longer than a turn: only the first ones warm up again
     calls.clear()
     switches = iter(range(10**6))
-    monkeypatch.setattr(bench_timing, "_interruptions", lambda: next(switches))
+    monkeypatch.setattr(clock_of, "_interruptions", lambda: next(switches))
     lost = side_by_side(runs, 2.0 * ROUNDS)["a"]
-    assert lost.interrupted == [1.0] * 2 * bench_timing.PATIENCE * ROUNDS and lost.counted == lost.interrupted and not lost.enough
+    assert lost.interrupted == [1.0] * 2 * clock_of.PATIENCE * ROUNDS and lost.counted == lost.interrupted and not lost.enough
 
 
 def test_interrupted_passes_are_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,13 +153,32 @@ def test_interrupted_passes_are_set_aside(monkeypatch: pytest.MonkeyPatch) -> No
     def often() -> None:
         switches["often"] += next(count) % 3 == 0
 
-    monkeypatch.setattr(bench_timing, "_interruptions", lambda: switches["often"])
+    monkeypatch.setattr(clock_of, "_interruptions", lambda: switches["often"])
     taken = side_by_side({"often": often, "never": lambda: None}, 1e-4)
     share = len(taken["often"].interrupted) / (len(taken["often"].interrupted) + len(taken["often"].clear))
     assert 0.2 < share < 0.5 and taken["often"].counted == taken["often"].clear
     assert not taken["never"].interrupted
+    assert len(taken["often"].turns) == ROUNDS  # one number a round, undisturbed where it can be
     few = Passes([1.0], [2.0, 3.0])
     assert not few.enough and few.counted == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(("wins", "told"), [(10, True), (9, True), (8, False), (5, False), (2, False), (1, True), (0, True)])
+def test_what_is_noise(wins: int, told: bool) -> None:
+    """Two-sided sign test over ten rounds at one in twenty: 9 or 10 of them."""
+    ours, theirs = Passes(turns=[1.0] * wins + [3.0] * (10 - wins)), Passes(turns=[2.0] * 10)
+    assert faster_in(ours, theirs) == (wins, 10) and apart(ours, theirs) is told and apart(theirs, ours) is told
+    assert not apart(Passes(turns=[1.0] * 5), Passes(turns=[2.0] * 5))  # five rounds are too few to tell anything
+
+
+def test_a_slow_pass_warms_up_once_and_turns_are_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**6))
+    monkeypatch.setattr(clock_of, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(clock_of, "_interruptions", lambda: 0)
+    calls: list[str] = []
+    taken = side_by_side({"a": lambda: calls.append("a")}, 1.0, rounds=4)
+    assert len(calls) == 1 + 1 + 4 and taken["a"].turns == [1.0] * 4 and taken["a"].quartiles == (1.0, 1.0, 1.0)
+    assert taken["a"].enough and taken["a"].rounds == 4
 
 
 def test_garbage_collection_is_put_back_after_an_error() -> None:

@@ -28,6 +28,11 @@ class Alternated:
     model: nn.Module
     rounds: tuple[PruneResult, ...]
 
+    def __str__(self) -> str:
+        from .render.deploy_words import alternated_text  # presentation stays in render
+
+        return alternated_text(self)
+
 
 def alternate(
     model: nn.Module,

@@ -84,6 +84,11 @@ class GapBound:
         """Everything as plain data for JSON."""
         return {**asdict(self), "layers": [asdict(layer) for layer in self.layers], "probability": self.probability}
 
+    def __str__(self) -> str:
+        from .render.bounds import bound_text  # presentation stays in render
+
+        return bound_text(self)
+
 
 class NetworkBounds:
     """The bounds of one network; made by :func:`network_bounds`, asked as often as wanted."""
@@ -105,6 +110,11 @@ class NetworkBounds:
         if radius is not None:
             rates = lipschitz(path.steps, lambda name: layers[name].norm)
             self._reach = {name: centre[name] + radius * rate for name, rate in rates.items()}
+
+    def __str__(self) -> str:
+        from .render.bounds import bounds_text  # presentation stays in render
+
+        return bounds_text(self)
 
     @property
     def forms(self) -> tuple[Form, ...]:

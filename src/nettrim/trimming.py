@@ -118,6 +118,11 @@ class Trimmed:
             "stopped": self.stopped,
         }
 
+    def __str__(self) -> str:
+        from .render.deploy_words import trimmed_text  # presentation stays in render
+
+        return trimmed_text(self)
+
 
 def trim(
     model: nn.Module,

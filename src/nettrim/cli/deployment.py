@@ -18,7 +18,7 @@ from ..deploy.export import check_target
 from ..render import bench_files, bench_table
 from ..sources import batches_from, model_from
 from .options import BatchSize, Data, Device, Json, ManyValues, Model
-from .output import print_json, show_wide
+from .output import print_json
 
 
 class FormatName(StrEnum):
@@ -122,8 +122,8 @@ def bench_command(
     if as_json:
         print_json(made.to_dict() | {"files": [str(file) for file in files]})
         return
-    for table in bench_table.bench_tables(made):
-        show_wide(table)
     console = Console()
+    for table in bench_table.bench_tables(made):
+        console.print(table)
     for line in (*bench_table.bench_lines(made), *(f"written: {file}" for file in files)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
 
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 
 from .. import checkpoint, render
 from ..certificate import Certificate
@@ -104,14 +102,6 @@ def size_words(folder: Path) -> str:
         return f"weights: {checkpoint.MODEL} is not in this folder"
     packed = f"; {size['packed']} of {size['tensors']} tensors packed" if size["packed"] else ""
     return f"weights: {size['stored_bytes']:,} bytes on disk, {size['dense_bytes']:,} dense ({size['ratio']:.1%}{packed})"
-
-
-def show_wide(table: Table) -> Console:
-    """Prints a table whole: without its numbers it says nothing; lines may run over a narrow terminal."""
-    console = Console()
-    console.width = max(console.width, Measurement.get(console, console.options.update(max_width=10_000), table).maximum)
-    console.print(table)
-    return console
 
 
 def print_json(data: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ from .options import (
     readings,
     target,
 )
-from .output import exit_unless_met, next_commands, print_json, show, show_wide, size_of
+from .output import exit_unless_met, next_commands, print_json, show, size_of
 
 
 class Norm(StrEnum):
@@ -235,7 +235,7 @@ def report_command(
         Console().print(f"- {sentence}", highlight=False, markup=False)
     if bench is not None:
         for table in bench_table.bench_tables(bench):
-            show_wide(table)
+            Console().print(table)
         for line in bench_table.bench_lines(bench):
             Console().print(line, highlight=False, markup=False)
     if stale:

@@ -39,7 +39,7 @@ from .options import (
     readings,
     target,
 )
-from .output import exit_unless_met, print_json, show, show_wide
+from .output import exit_unless_met, print_json, show
 
 
 class RuleName(StrEnum):
@@ -133,7 +133,7 @@ def demo_command(
         console.print(render.comparison_table(done.rows))
         if made is not None:
             for table in bench_table.bench_tables(made):
-                show_wide(table)
+                console.print(table)
             for note in made.notes:
                 console.print(f"note: {note}", highlight=False, markup=False)
         show(done.result.report, done.result.certificate, output, as_json)
@@ -197,7 +197,7 @@ def compare_command(
     if as_json:
         print_json(comparison.to_dict() | {"files": [str(file) for file in files]})
         return
-    show_wide(compare_files.compare_table(comparison))
+    Console().print(compare_files.compare_table(comparison))
     for file in files:
         Console().print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
 
@@ -224,7 +224,8 @@ def reproduce_command(
     if as_json:
         print_json(outcome.numbers)
         return
-    console = show_wide(outcome.table)
+    console = Console()
+    console.print(outcome.table)
     for line in outcome.words:
         console.print(line, highlight=False, markup=False)
     for file in outcome.files:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import forward, inputs_of
+from ..calibration import forward, inputs_of, samples
 from ..capture import Replica, device_of, random_state_kept, replicate
 from ..status import InvalidInput, NetTrimError
 from . import semi_structured, sparse_candidates
 from .compact import allowed_difference, check, outputs, relative_difference
 from .sparse_module import SparseModule
-from .sparse_timing import interleaved, typical
+from .timing import Passes, apart, faster_in, side_by_side
 
 MARGIN = 1.03
 """By so much faster than the model as given an arrangement must be: a difference within the noise is none."""
@@ -26,8 +26,9 @@ MARGIN = 1.03
 class Choice:
     """How one layer runs. ``kind``: dense, csr (PyTorch's sparse product), direct (numba) or semi-structured (2:4 on a GPU).
 
-    ``seconds`` of each candidate alone, with the batch-norm, sum and activation that it is merged with, at the example's batch size;
-    ``density`` is the share of its weights that are not zero; ``why`` says what decided.
+    ``seconds`` of each candidate alone, in all of its calls in a pass over the example, with the batch-norm, sum and activation that it is
+    merged with, and without the change of layout around sparse layers; ``density`` is the share of its weights that are not zero; ``why``
+    says what decided.
     """
 
     name: str
@@ -39,16 +40,21 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Accelerated:
-    """What :func:`accelerate` made. ``seconds`` of whole passes over the example by candidate, ``kept`` the one that ``model`` is.
+    """What :func:`accelerate` made. ``seconds`` are medians of whole passes over the example by candidate, ``kept`` is the one that
+    ``model`` is, and ``quartiles`` the lower and upper ones beside those medians.
 
-    ``difference`` of the outputs on the example, relative to the largest; ``notes`` say what could not be accelerated.
+    ``faster_in``: in how many rounds the kept one was faster than dense, and of how many; 0 where dense is kept. ``difference`` of the
+    outputs on the example, relative to the largest; ``notes`` say what could not be accelerated, and what could not be told apart.
     """
 
     model: nn.Module
     choices: tuple[Choice, ...]
     difference: float
     seconds: Mapping[str, float]
+    quartiles: Mapping[str, tuple[float, float]]
     kept: str
+    faster_in: tuple[int, int]
+    samples: int
     threads: int
     notes: tuple[str, ...]
 
@@ -58,9 +64,9 @@ class Accelerated:
         return self.seconds["dense"] / self.seconds[self.kept]
 
     def __str__(self) -> str:
-        lines = [f"{self.kept}: {self.ratio:.2f} times as fast as dense on the example ({self.threads} threads)"]
-        lines += [f"  {choice.name}: {choice.kind}, density {choice.density:.1%}, {choice.why}" for choice in self.choices]
-        return "\n".join((*lines, *self.notes))
+        from ..render.deploy_words import accelerated_text  # presentation stays in render
+
+        return accelerated_text(self)
 
 
 def accelerate(model: nn.Module, example: Any, *, device: torch.device | str | None = None, budget: float = 0.3) -> Accelerated:
@@ -113,8 +119,8 @@ def accelerate(model: nn.Module, example: Any, *, device: torch.device | str | N
         else:
             native = importlib.util.find_spec("numba") is not None
             found = sparse_candidates.search(twin, example, budget, native, lambda module: differs(module) <= allowed)
-        seconds = _whole(found, example, place, budget)
-        kept = min(seconds, key=lambda name: seconds[name] * (1 if name == "dense" else MARGIN))
+        taken = _whole(found, example, place, budget)
+        kept = _fastest(taken, found.notes)
         made = found.candidates[kept]
         difference = differs(made.module)
     if not difference <= allowed:
@@ -123,7 +129,18 @@ def accelerate(model: nn.Module, example: Any, *, device: torch.device | str | N
             "take out what is random in the model; if nothing is, please report its structure"
         )
     choices = tuple(_choice(name, layer, made, kept, found) for name, layer in sparse_candidates.layers_of(twin.model).items())
-    return Accelerated(made.module, choices, difference, seconds, kept, torch.get_num_threads(), tuple(found.notes))
+    return Accelerated(
+        model=made.module,
+        choices=choices,
+        difference=difference,
+        seconds={name: passes.median for name, passes in taken.items()},
+        quartiles={name: (passes.quartiles[0], passes.quartiles[2]) for name, passes in taken.items()},
+        kept=kept,
+        faster_in=faster_in(taken[kept], taken["dense"]),
+        samples=samples(example),
+        threads=torch.get_num_threads(),
+        notes=tuple(found.notes),
+    )
 
 
 def _own(example: Any) -> Any:
@@ -144,8 +161,21 @@ def _refuse_memory(model: nn.Module, before: Mapping[str, Tensor]) -> None:
             )
 
 
-def _whole(found: sparse_candidates.Found, example: Any, place: torch.device, budget: float) -> dict[str, float]:
-    """Seconds of one pass over the example, by candidate."""
+def _fastest(taken: Mapping[str, Passes], notes: list[str]) -> str:
+    """The fastest candidate, which is dense unless another is faster by more than the margin and more than noise; notes say where."""
+    dense = taken["dense"]
+    if busy := [f"{name} in {len(p.interrupted)} of {len(p.counted)} passes" for name, p in taken.items() if not p.enough]:
+        notes.append(f"interrupted were {', '.join(busy)}: these times say little; measure again when the machine is less busy")
+    faster = {name: passes.median for name, passes in taken.items() if passes.median * MARGIN <= dense.median}
+    told = {name: seconds for name, seconds in faster.items() if apart(taken[name], dense)}
+    for name in faster.keys() - told.keys():
+        wins, rounds = faster_in(taken[name], dense)
+        notes.append(f"{name!r} and dense could not be told apart: it was the faster in {wins} of {rounds} rounds")
+    return min(told, key=lambda name: told[name]) if told else "dense"
+
+
+def _whole(found: sparse_candidates.Found, example: Any, place: torch.device, budget: float) -> dict[str, Passes]:
+    """Whole passes over the example, by candidate."""
 
     def run(module: nn.Module) -> Callable[[], None]:
         def once() -> None:
@@ -155,8 +185,7 @@ def _whole(found: sparse_candidates.Found, example: Any, place: torch.device, bu
 
         return once
 
-    taken = interleaved({name: run(candidate.module) for name, candidate in found.candidates.items()}, budget)
-    return {name: typical(values) for name, values in taken.items()}
+    return side_by_side({name: run(candidate.module) for name, candidate in found.candidates.items()}, budget)
 
 
 def _choice(name: str, layer: nn.Module, made: sparse_candidates.Candidate, kept: str, found: sparse_candidates.Found) -> Choice:
@@ -169,8 +198,6 @@ def _choice(name: str, layer: nn.Module, made: sparse_candidates.Candidate, kept
     elif not seconds:
         why = "nothing around it lets it run on sparse weights"
     else:
-        why = ", ".join(f"{key} {value * 1e3:.3g} ms" for key, value in seconds.items())
         fastest = min(seconds, key=lambda key: seconds[key])
-        if fastest != kind:
-            why += f"; {fastest} is faster alone, but the whole model is fastest as {kept!r}"
+        why = f"{fastest} is the fastest alone" + ("" if fastest == kind else f", but the whole model is fastest as {kept!r}")
     return Choice(name, kind, dict(seconds), density, why)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 import torch
@@ -21,11 +20,11 @@ from ..checkpoint import save_weights
 from ..status import InvalidInput, NetTrimError
 from .accelerate import accelerate
 from .bench_result import ACCELERATED, COMPACTED, DENSE, PRUNED, Bench, Form, Timing
-from .bench_timing import side_by_side
 from .compact import check, compact, outputs
 from .counting import Counted, count
 from .export_common import allowed, difference, resized
 from .machine import this_machine
+from .timing import apart, faster_in, side_by_side
 
 SIZES = (1, 32, 256)
 SECONDS = 0.5
@@ -67,7 +66,7 @@ def bench(
     (of the pruned one where it cannot be compacted), for each batch size anew, as one would set up a service of that batch size; what
     lies on disk is the model that it is made from. A form that cannot be made or run is left out, and a note says why.
 
-    All forms run in eval mode on the same inputs, side by side in turns (`bench_timing`), without gradients and garbage collection.
+    All forms run in eval mode on the same inputs, side by side in turns (`timing`), without gradients and garbage collection.
     The inputs lie on the device; what is timed is the forward pass. Passes during which the system took a processor away are set aside.
     Outputs are compared with the pruned model's at every batch size.
 
@@ -245,8 +244,15 @@ def _measure(work: _Work, batch: int, seconds: float) -> None:
             f"batches of {batch}: interrupted were {', '.join(busy)}; all of these count, so that times and ratios say little: "
             "measure again when the machine is less busy, or with more seconds"
         ] = None
+    baseline = DENSE if DENSE in taken else PRUNED
+    for name in (COMPACTED, ACCELERATED):
+        if name in taken and not apart(taken[name], taken[baseline]):
+            wins, rounds = faster_in(taken[name], taken[baseline])
+            work.notes[
+                f"batches of {batch}: {name} and {baseline} could not be told apart: {name} was the faster in {wins} of {rounds} rounds"
+            ] = None
     for name, passes in taken.items():
-        lower, median, upper = quantiles(passes.counted, n=4, method="inclusive")
+        lower, median, upper = passes.quartiles
         counted = work.counts[name]
         macs = None if counted is None else counted.executed(kinds if name == ACCELERATED else {})
         timing = Timing(batch, median, lower, upper, len(passes.counted), len(passes.interrupted), macs, how if name == ACCELERATED else "")

@@ -63,15 +63,9 @@ class Compacted:
         return self.parameters[0] / self.parameters[1]
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.parameters[0]:,} -> {self.parameters[1]:,} parameters ({self.ratio:.2f} times fewer), {self.removed} neurons removed"
-        ]
-        lines += [
-            f"  {layer.name}: {layer.inputs[0]} -> {layer.inputs[1]} inputs, {layer.outputs[0]} -> {layer.outputs[1]} outputs"
-            for layer in self.layers
-            if layer.parameters[0] != layer.parameters[1]
-        ]
-        return "\n".join((*lines, *self.notes))
+        from ..render.deploy_words import compacted_text  # presentation stays in render
+
+        return compacted_text(self)
 
 
 def compact(model: nn.Module, example: Any, *, device: torch.device | str | None = None) -> Compacted:

@@ -54,14 +54,6 @@ class Exported:
         return plain | {"checked": list(self.checked), "notes": list(self.notes)}
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {self.bytes:,} bytes ({self.format})"]
-        if self.difference is not None:
-            batches = ", ".join(map(str, self.checked))
-            lines.append(f"  checked on batches of {batches}: largest difference {self.difference:.1e} of the largest output")
-        if self.sizes is not None:
-            s = self.sizes
-            lines.append(
-                f"  {s.model:,} bytes of weights ({s.weights:,} values, {s.positions:,} positions; {s.dense:,} with their zeros), "
-                f"{s.biases:,} of biases, {s.work:,} of work memory" + ("" if s.code is None else f", {s.code:,} of code")
-            )
-        return "\n".join((*lines, *self.notes))
+        from ..render.deploy_words import exported_text  # presentation stays in render
+
+        return exported_text(self)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import Replica
-from .sparse_candidates import Candidate, Found, inputs_seen, layers_of
-from .sparse_timing import interleaved, typical
+from .sparse_candidates import SEARCHED, Candidate, Found, inputs_seen, layers_of
+from .timing import side_by_side
 
 
 def search(twin: Replica, example: Any, budget: float) -> Found:
@@ -35,8 +35,8 @@ def search(twin: Replica, example: Any, budget: float) -> Found:
             found.unable[name] = "the model did not call it"
             continue
         compared = {"dense": layer, "semi-structured": replaced.get_submodule(name)}
-        taken = interleaved({kind: _finished(module, seen[name]) for kind, module in compared.items()}, budget)
-        found.seconds[name] = {kind: typical(values) for kind, values in taken.items()}
+        taken = side_by_side({kind: _finished(module, seen[name]) for kind, module in compared.items()}, budget, SEARCHED)
+        found.seconds[name] = {kind: passes.median for kind, passes in taken.items()}
     wins = [name for name, seconds in found.seconds.items() if seconds["semi-structured"] < seconds["dense"]]
     if wins:
         made = copy.deepcopy(twin.model)

@@ -21,10 +21,14 @@ from .sparse_chain import SparseChain, csr
 from .sparse_module import SparseModule
 from .sparse_region import SparseRegion
 from .sparse_steps import SparseWeights, Step, sparse_weights, window_of
-from .sparse_timing import interleaved, typical
+from .timing import side_by_side
 
 CHUNKS = (8, 16, 32, 64, 128)
 """Rows of the batch computed at a time that are tried, beside the whole batch."""
+SEARCHED = 5
+"""Rounds in which parts are compared; whole models get `timing.ROUNDS`."""
+_Runs = dict[str, dict[str, list[Callable[[], Any]]]]
+"""By layer and kind, what runs each of its calls."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +107,16 @@ class _Regions:
             return
         linear = [name for name in layers if isinstance(self.modules[name], nn.Linear)]
         csr_model, placed = self._made(linear, SparseChain, images=False)
-        self._time_layers(placed, "csr")
-        faster = [name for name in linear if self._wins(name, "csr")]
+        runs = self._runs(placed, "csr")
         if self.native:
             everything, placed = self._made(layers, SparseRegion)
             self._chunk(everything, placed)
-            self._time_layers(placed, "direct")
+            for name, kinds in self._runs(placed, "direct").items():
+                runs[name] = {**runs.get(name, {}), **kinds}
+        for name, kinds in runs.items():
+            self.found.seconds[name] = _seconds({kind: _all_of(calls) for kind, calls in kinds.items()}, self.budget / 5)
+        faster = [name for name in linear if self._wins(name, "csr")]
+        if self.native:
             inside = _layers_in(placed)
             if inside:
                 self.found.candidates["every layer sparse"] = Candidate(everything, dict.fromkeys(inside, "direct"))
@@ -155,43 +163,36 @@ class _Regions:
         standard = [region.alone for region in regions]
         best = sizes[0] if sizes else 16
         if len(sizes) > 1:
-            taken = interleaved({size: under(size, None) for size in sizes}, self.budget / 3, fewest=3)
-            best = min(sizes, key=lambda size: typical(taken[size]))
+            taken = _seconds({size: under(size, None) for size in sizes}, self.budget / 3)
+            best = min(sizes, key=lambda size: taken[size])
         under(best, None)()
         if torch.get_num_threads() > 1:
-            both = interleaved({alone: under(best, alone) for alone in (0.0, math.inf)}, self.budget / 3)
-            single = typical(both[math.inf]) < typical(both[0.0])
+            both = _seconds({alone: under(best, alone) for alone in (0.0, math.inf)}, self.budget / 3)
+            single = both[math.inf] < both[0.0]
             under(best, None)()
             for place, region in zip(placed, regions, strict=True):
                 work = region.workspace([self.values[node] for node in place.inputs]).plan.work
                 # what was measured holds for about as much work, at other batch sizes too
                 region.alone = max(region.alone, 1.5 * work) if single else min(region.alone, 0.5 * work)
 
-    def _time_layers(self, placed: Sequence[Placed], kind: str) -> None:
+    def _runs(self, placed: Sequence[Placed], kind: str) -> _Runs:
         """Every layer with what it is merged with: dense as it is, and sparse without the change of layout around its region."""
+        found: _Runs = {}
         for place in placed:
             assert isinstance(place.module, (SparseRegion, SparseChain))
-            native: dict[int, list[float]] = {}
-            factor = 1.0
+            native: dict[int, Callable[[], None]] = {}
             if isinstance(place.module, SparseRegion):
-                tensors = [self.values[node] for node in place.inputs]
+                workspace = place.module.workspace([self.values[node] for node in place.inputs])
                 rows = _rows(self.shapes[place.inputs[0]])
-                workspace = place.module.workspace(tensors)
-                threads = place.module.threads(workspace.plan.work)
-                native = workspace.seconds(max(5, min(50, int(self.budget * 100))), threads)
-                factor = rows / min(rows, place.module.chunk)
+                chunks = math.ceil(rows / min(rows, place.module.chunk))
+                native = workspace.single(place.module.threads(workspace.plan.work), chunks)
             for number, (step, nodes) in enumerate(_steps(place)):
                 if not step.layer:
                     continue
-                name = str(nodes[0].target)
-                candidates: dict[str, Callable[[], Any]] = {"dense": self._dense(nodes)}
-                if kind == "csr":
-                    candidates["csr"] = self._csr(place.module.weights[step.layer], nodes[0])
-                taken = interleaved(candidates, self.budget / 5)
-                seconds = self.found.seconds.setdefault(name, {})
-                seconds.update({key: typical(values) for key, values in taken.items()})
-                if number in native:
-                    seconds[kind] = factor * typical(native[number])
+                calls = found.setdefault(str(nodes[0].target), {"dense": [], kind: []})
+                calls["dense"].append(self._dense(nodes))
+                calls[kind].append(native[number] if native else self._csr(step, place.module.weights[step.layer], nodes))
+        return found
 
     def _dense(self, nodes: Sequence[fx.Node]) -> Callable[[], Any]:
         calls = []
@@ -213,11 +214,38 @@ class _Regions:
             function = getattr(torch.Tensor, str(node.target))
         return lambda *args, **kwargs: function(*args, **kwargs)
 
-    def _csr(self, weights: SparseWeights, node: fx.Node) -> Callable[[], Any]:
-        x = self.values[node.all_input_nodes[0]]
-        features = x.reshape(-1, x.shape[-1]).t().contiguous()
-        matrix, bias = csr(weights), weights.bias[:, None]
-        return lambda: torch.addmm(bias, matrix, features)
+    def _csr(self, step: Step, weights: SparseWeights, nodes: Sequence[fx.Node]) -> Callable[[], Any]:
+        def features(node: fx.Node) -> Tensor:
+            x: Tensor = self.values[node]
+            return x.reshape(-1, x.shape[-1]).t().contiguous()
+
+        matrix, bias, source = csr(weights), weights.bias[:, None], nodes[0].all_input_nodes[0]
+        x = features(source)
+        added = [features(other) for node in nodes[1:] for other in node.all_input_nodes if other not in nodes and other in self.shapes]
+
+        def run() -> None:
+            y = torch.addmm(bias, matrix, x)
+            for other in added:
+                y = y + other
+            if (step.low, step.high) != (-math.inf, math.inf):
+                y.clamp(step.low, step.high)
+
+        return run
+
+
+def _all_of(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """Several calls of a layer as one."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return calls[0] if len(calls) == 1 else run
+
+
+def _seconds(runs: Mapping[Any, Callable[[], Any]], budget: float) -> dict[Any, float]:
+    """Medians of parts, on the clock of whole models."""
+    return {key: passes.median for key, passes in side_by_side(runs, budget, SEARCHED).items()}
 
 
 def _named(graph: fx.Graph, inputs: Any) -> dict[str, Any]:
@@ -274,9 +302,7 @@ def _one_by_one(twin: Replica, example: Any, budget: float, native: bool, found:
             )
             continue
         options = {kind: module.eval() for kind, module in _single(layer, native, len(x) if x.ndim == 4 else _rows(tuple(x.shape))).items()}
-        taken = interleaved({kind: functools.partial(module, x) for kind, module in options.items()}, budget / 3)
-        seconds = {kind: typical(values) for kind, values in taken.items()}
-        found.seconds[name] = seconds
+        seconds = found.seconds[name] = _seconds({kind: functools.partial(module, x) for kind, module in options.items()}, budget / 3)
         fastest = min(seconds, key=lambda kind: seconds[kind])
         if fastest != "dense":
             best[name] = (fastest, options[fastest])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -219,21 +218,21 @@ class Workspace:
                 stage[1][:] = 0
                 run(self.function, stage[2], threads)
 
-    def seconds(self, repeats: int, threads: int) -> dict[int, list[float]]:
-        """Of each native step, in the order of steps and interleaved: the seconds of ``repeats`` runs."""
-        run = kernels_team.run
-        single = [
-            (op.step, self._program([op])) for stage in self.plan.stages if not isinstance(stage, int) for op in stage if op.step >= 0
-        ]
-        found: dict[int, list[float]] = {}
-        for number in range(repeats + 1):
-            taken: dict[int, float] = {}
-            for step, (_, counters, address, _) in single:
-                counters[:] = 0
-                started = time.perf_counter()
-                run(self.function, address, threads)
-                taken[step] = taken.get(step, 0.0) + time.perf_counter() - started
-            for step, seconds in taken.items():
-                if number:  # the first warms up
-                    found.setdefault(step, []).append(seconds)
-        return found
+    def single(self, threads: int, times: int) -> dict[int, Callable[[], None]]:
+        """What runs each native step by itself, ``times`` times: once for each chunk of a batch."""
+        programs: dict[int, list[_Program]] = {}
+        for stage in self.plan.stages:
+            for op in () if isinstance(stage, int) else stage:
+                if op.step >= 0:
+                    programs.setdefault(op.step, []).append(self._program([op]))
+
+        def running(own: list[_Program]) -> Callable[[], None]:
+            def run() -> None:
+                for _ in range(times):
+                    for _, counters, address, _ in own:
+                        counters[:] = 0
+                        kernels_team.run(self.function, address, threads)
+
+            return run
+
+        return {step: running(own) for step, own in programs.items()}

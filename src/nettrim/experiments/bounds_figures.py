@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from ..render.fitting import FittingTable
 from .bounds_observed import Point, Summary
 
 COLOURS = ("#1864ab", "#e8590c", "#2b8a3e", "#862e9c", "#495057", "#c92a2a")
@@ -16,7 +17,7 @@ COLOURS = ("#1864ab", "#e8590c", "#2b8a3e", "#862e9c", "#495057", "#c92a2a")
 
 def table(summary: Summary) -> Table:
     """Bounds and observed gaps; what else was found stands under it."""
-    shown = Table(title=f"Relative gap of the output, {summary.dataset}, {summary.depth} layers: bound and observed")
+    shown = FittingTable(title=f"Relative gap of the output, {summary.dataset}, {summary.depth} layers: bound and observed", keys=2)
     names = (
         "width",
         "share",
@@ -43,7 +44,6 @@ def table(summary: Summary) -> Table:
         moved = (p.bound, p.mean, p.largest)
         shown.add_row(str(p.width), f"{p.share:g}", *(f"{v:.3g}" for v in moved), ratio, counted, *(f"{v:.3g}" for v in numbers))
     shown.caption = "\n".join(words(summary))
-    shown.caption_justify = "left"
     return shown
 
 

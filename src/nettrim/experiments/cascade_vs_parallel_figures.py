@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich.table import Table
 
+from ..render.fitting import FittingTable
 from .cascade_vs_parallel import Summary, series
 from .curves import Point
 from .curves_figures import NAMES, bounds_in_words, percent
@@ -20,7 +21,7 @@ _COLOURS = ("#1864ab", "#2b8a3e", "#f08c00", "#c92a2a", "#862e9c", "#495057")
 
 def table(summary: Summary) -> Table:
     """One row a pruned network, grouped by trained network, and what the comparison says."""
-    shown = Table(title=f"Cascade against parallel: {summary.dataset}, {summary.network}", caption_justify="left")
+    shown = FittingTable(title=f"Cascade against parallel: {summary.dataset}, {summary.network}", keys=2)
     for name in ("keep", "l1", "trained, %", "scheme", "gain", "kept by layer, %", "kept, %", "discrepancy, %", "proven, %", "theorem, %"):
         shown.add_column(name, justify="right", no_wrap=name != "kept by layer, %")
     shown.add_column("accuracy, %", justify="right")

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from rich.table import Table
 
+from ..render.fitting import FittingTable
 from .curves import MAGNITUDE, Point, Published, Summary
 
 _COLOURS = {"published": "#1864ab", "preimage l1": "#2b8a3e", "preimage l0": "#d9480f"}
@@ -21,7 +22,7 @@ NAMES = {"published": "published program", "preimage l1": "preimage program, l1"
 
 def table(summary: Summary) -> Table:
     """One row a pruned network, magnitude's accuracies beside; published results among ours."""
-    shown = Table(title=summary.title, caption="\n".join(captions(summary)), caption_justify="left")
+    shown = FittingTable(title=summary.title, caption="\n".join(captions(summary)), keys=2)
     shown.add_column("gain", justify="right", no_wrap=True)
     shown.add_column("method", no_wrap=True)
     columns = ("kept by layer, %", "kept, %", "discrepancy, %", "proven, %", "theorem, %", "accuracy, %", "tuned, %")

@@ -9,13 +9,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from ..render.fitting import FittingTable
 from .lobs_study import Point, Summary
 
 
 def table(summary: Summary) -> Table:
     """Ours and the published rows by network; what they say stands under it."""
-    shown = Table(
-        title=f"Layer-wise optimal brain surgeon on {summary.dataset}: test error in % (discrepancy and bounds: of the output, in %)"
+    shown = FittingTable(
+        title=f"Layer-wise optimal brain surgeon on {summary.dataset}: test error in % (discrepancy and bounds: of the output, in %)",
+        keys=2,
     )
     columns = (
         "network",
@@ -44,7 +46,6 @@ def table(summary: Summary) -> Table:
                 shown.add_row(network, p.method, *_cells(p))
         shown.add_section()
     shown.caption = "\n".join(words(summary))
-    shown.caption_justify = "left"
     return shown
 
 

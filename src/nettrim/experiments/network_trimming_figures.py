@@ -7,6 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from ..render.fitting import FittingTable
 from .network_trimming import Run, Summary
 
 _COLOURS = ("#1864ab", "#2b8a3e", "#d9480f", "#862e9c", "#5c940d", "#c2255c", "#495057")
@@ -14,7 +15,7 @@ _COLOURS = ("#1864ab", "#2b8a3e", "#d9480f", "#862e9c", "#5c940d", "#c2255c", "#
 
 def table(summary: Summary) -> Table:
     """One row a round, the published rows under LeNet's."""
-    shown = Table(title=f"Network trimming: {summary.dataset}", caption="\n".join(captions(summary)), caption_justify="left")
+    shown = FittingTable(title=f"Network trimming: {summary.dataset}", caption="\n".join(captions(summary)))
     shown.add_column("round", no_wrap=True)
     shown.add_column("sizes")
     for name in ("parameters", "times fewer", "validation, %", "retrained, %", "test, %", "retrained, %"):

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.table import Table
 
+from ..render.fitting import FittingTable
 from .recovery import PROBABILITY, Summary, Trial
 
 Array = NDArray[np.float64]
@@ -19,7 +20,9 @@ Array = NDArray[np.float64]
 
 def table(summary: Summary) -> Table:
     """The transitions as a table for a terminal; the fits and the certificates stand under it."""
-    shown = Table(title="Samples P at which a share of s-sparse ReLU neurons is recovered exactly", caption="\n".join(_captions(summary)))
+    shown = FittingTable(
+        title="Samples P at which a share of s-sparse ReLU neurons is recovered exactly", caption="\n".join(_captions(summary)), keys=2
+    )
     for name in ("N", "s", "trials", "10 %", "50 %", "90 %", "all", "predicted", f"Thm 3, {PROBABILITY:.0%}", "ratio"):
         shown.add_column(name, justify="right", no_wrap=True)
     last = None
@@ -29,7 +32,6 @@ def table(summary: Summary) -> Table:
         last = t.inputs
         counts = (t.low, t.half, t.high, t.largest, round(t.expected), t.theorem)
         shown.add_row(str(t.inputs), str(t.sparsity), str(t.trials), *(f"{c:,}" for c in counts), f"{t.theorem / t.half:.1f}")
-    shown.caption_justify = "left"
     return shown
 
 

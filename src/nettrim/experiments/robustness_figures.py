@@ -7,6 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from ..render.fitting import FittingTable
 from .curves_figures import NAMES, bounds_in_words, percent
 from .robustness import Curve, Summary
 
@@ -17,7 +18,7 @@ _COLUMNS = 6  # noise levels shown in the table
 
 def table(summary: Summary) -> Table:
     """One row a network: accuracy at some of the noise levels, and what pruning gained on average over all levels."""
-    shown = Table(title=f"Test accuracy (%) under noise of norm g times the image's: {summary.dataset}", caption_justify="left")
+    shown = FittingTable(title=f"Test accuracy (%) under noise of norm g times the image's: {summary.dataset}")
     for name in ("network", "gain", "kept, %", "discrepancy, %"):
         shown.add_column(name, justify="right" if name != "network" else "left", no_wrap=True)
     for index in range(_COLUMNS):

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich.table import Table
 
+from ..render.fitting import FittingTable
 from .spirals import PUBLISHED, PUBLISHED_EXAMPLE, Cell, Summary
 
 _COLOURS = {"published": "#1864ab", "preimage l1": "#2b8a3e", "preimage l0": "#e8590c"}
@@ -20,10 +21,9 @@ NAMES = {"published": "published program", "preimage l1": "preimage, l1", "preim
 
 def table(summary: Summary) -> Table:
     """One row a network: nonzero weights by layer as published and ours, trained and pruned; what is not shown stands under it."""
-    shown = Table(
+    shown = FittingTable(
         title=f"Nested spirals: nonzero weights by layer, cascade, rd < {summary.limit:g}; medians of {_repeats(summary)}",
         caption="\n".join(_captions(summary)),
-        caption_justify="left",
     )
     ways = list(dict.fromkeys(cell.way for cell in summary.cells))
     for name in ("network", "trained, paper", "trained, ours", "pruned, paper", *(NAMES[way] for way in ways)):

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import io
-
-from rich.console import Console, Group
+from rich.box import SIMPLE_HEAD, Box
 from rich.table import Table
 
 from ..deploy.bench_result import Bench, Form, Timing
 from .bench_words import count_cell, difference_text, milliseconds, per_second, times
+from .fitting import PLAIN_BOX, Column, fitting_table, plain_text
 from .numbers import NONE, clean
-
-_WIDTH = 160  # of plain text
 
 
 def bench_tables(bench: Bench) -> tuple[Table, Table]:
     """Sizes, and speed; numbers in parentheses say how many times smaller or faster than the baseline."""
-    return _sizes(bench), _speed(bench)
+    return _sizes(bench, SIMPLE_HEAD), _speed(bench, SIMPLE_HEAD)
 
 
 def bench_text(bench: Bench) -> str:
     """Both tables, the machine and the notes as plain text."""
-    console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, force_terminal=False, no_color=True)
-    with console.capture() as capture:
-        console.print(Group(*bench_tables(bench)))
-    lines = [line.rstrip() for line in capture.get().splitlines()]
-    return "\n".join((*lines, *bench_lines(bench)))
+    return plain_text(_sizes(bench, PLAIN_BOX), "", _speed(bench, PLAIN_BOX), "", *bench_lines(bench))
 
 
 def bench_lines(bench: Bench) -> list[str]:
@@ -33,49 +26,52 @@ def bench_lines(bench: Bench) -> list[str]:
     return [f"machine: {clean(str(bench.machine))}", *(f"note: {clean(note)}" for note in bench.notes)]
 
 
-def _table(title: str, caption: str, columns: tuple[str, ...], left: tuple[str, ...]) -> Table:
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", caption_style="dim")
-    for name in columns:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=name not in left)
-    return table
+def _sizes(bench: Bench, box: Box) -> Table:
+    ratios = [bench.ratios(form.name) for form in bench.forms]
 
+    def counts(name: str) -> list[str]:
+        return [count_cell(getattr(form, name), own[name]) for form, own in zip(bench.forms, ratios, strict=True)]
 
-def _sizes(bench: Bench) -> Table:
-    columns = ("form", "parameters", "not zero", "bytes", "compressed", "multiply-adds", "without zeros", "difference")
+    columns = [
+        Column("form", [_name(form) for form in bench.forms], fold=11),
+        Column("parameters", counts("parameters")),
+        Column("not zero", counts("nonzeros")),
+        Column("bytes", counts("bytes")),
+        Column("compressed", counts("compressed_bytes")),
+        Column("multiply-adds", counts("macs")),
+        Column("without zeros", counts("nonzero_macs")),
+        Column("difference", [difference_text(form) for form in bench.forms]),
+    ]
     caption = (
         f"times smaller than {bench.baseline} in parentheses (compressed: than its plain file; without zeros: than all its multiply-adds); "
         "multiply-adds of one sample; difference of the outputs from the pruned model's, relative to the largest"
     )
-    table = _table("Size", caption, columns, ("form",))
-    for form in bench.forms:
-        ratios = bench.ratios(form.name)
-        table.add_row(
-            _name(form),
-            count_cell(form.parameters, ratios["parameters"]),
-            count_cell(form.nonzeros, ratios["nonzeros"]),
-            count_cell(form.bytes, ratios["bytes"]),
-            count_cell(form.compressed_bytes, ratios["compressed_bytes"]),
-            count_cell(form.macs, ratios["macs"]),
-            count_cell(form.nonzero_macs, ratios["nonzero_macs"]),
-            difference_text(form),
-        )
-    return table
+    return fitting_table(columns, caption, "Size", box, last_row=False)
 
 
-def _speed(bench: Bench) -> Table:
-    columns = ("batch", "form", "milliseconds", "quartiles", "samples a second", "times faster", "multiply-adds done", "arrangement")
+def _speed(bench: Bench, box: Box) -> Table:
+    rows = [(batch, form) for batch in bench.batch_sizes for form in bench.forms]
+    cells = []
+    for batch, form in rows:
+        found = form.at(batch)
+        cells.append([NONE] * 6 if found is None else _cells(found, bench.ratios(form.name)["speed"][batch]))
+    milli, quartiles, throughput, faster, done, how = zip(*cells, strict=True)
+    columns = [
+        Column("batch", [str(batch) for batch, _ in rows]),
+        Column("form", [form.name for _, form in rows], justify="left"),
+        Column("times\nfaster", faster),
+        Column("milli-\nseconds", milli),
+        Column("quartiles", quartiles),
+        Column("samples\na second", throughput),
+        Column("multiply-\nadds done", done),
+        Column("arrangement", how, fold=11),
+    ]
     caption = (
         f"median of undisturbed single passes, at least {bench.seconds:g} s of passes for each row, forms in turns; "
         f"times faster than {bench.baseline}"
     )
-    table = _table("Speed", caption, columns, ("form", "arrangement"))
-    for batch in bench.batch_sizes:
-        table.add_section()
-        for form in bench.forms:
-            found = form.at(batch)
-            cells = [NONE] * 6 if found is None else _cells(found, bench.ratios(form.name)["speed"][batch])
-            table.add_row(str(batch), form.name, *cells)
-    return table
+    sections = range(len(bench.forms), len(rows), len(bench.forms))
+    return fitting_table(columns, caption, "Speed", box, last_row=False, keys=2, sections=sections)
 
 
 def _cells(found: Timing, ratio: float | None) -> list[str]:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD, Box
-from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
-from rich.measure import Measurement
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..certificate import Certificate
 from ..report import PruneReport
 from ..status import Status
+from .fitting import PLAIN_BOX as _PLAIN_BOX
+from .fitting import Column as _Column
+from .fitting import fitting_table as _table
 from .numbers import clean, densities_text, percent, seconds_text, share_of, share_over_all_rows, short_count
 from .words import headline, layer_remarks, left_out_words
 
-_PLAIN_BOX = Box("    \n    \n -- \n    \n    \n -- \n    \n    \n", ascii=True)
 _WIDTH = 110  # of plain text
 
 
@@ -54,58 +55,6 @@ class ComparisonRow:
             seconds_text(self.seconds),
             self.certificate,
         )
-
-
-@dataclass(frozen=True)
-class _Column:
-    """A column: its cells and what stands below them in the last, bold row. With ``fold`` (a least width) long texts are folded."""
-
-    header: str
-    cells: Iterable[str | Text]
-    last: str | Text = ""
-    fold: int = 0
-    justify: JustifyMethod = "right"
-
-
-class _FittingTable(Table):
-    """A table whose columns move together where the console is too narrow for it, before anything is folded."""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        self.padding = (0, 1, 0, 0)
-        if Measurement.get(console, options.update(max_width=10_000), self).maximum > options.max_width:
-            self.padding = (0, 0, 0, 0)
-        yield from super().__rich_console__(console, options)
-
-
-def _text(cell: str | Text) -> Text:
-    return Text(clean(cell)) if isinstance(cell, str) else cell
-
-
-def _table(columns: Sequence[_Column], caption: str, title: str | None = None, box: Box = SIMPLE_HEAD, last_row: bool = True) -> Table:
-    table = _FittingTable(
-        title=title,
-        caption=caption,
-        box=box,
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold",
-        caption_style="dim",
-        header_style="bold",
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    for column in columns:
-        if column.fold:
-            table.add_column(column.header, overflow="fold", min_width=column.fold)
-        else:
-            table.add_column(column.header, justify=column.justify, no_wrap=True)
-    for row in zip(*(column.cells for column in columns), strict=True):
-        table.add_row(*map(_text, row))
-    if last_row:
-        table.add_section()
-        table.add_row(*(_text(column.last) for column in columns), style="bold")
-    return table
 
 
 def _status(status: Status) -> Text:
