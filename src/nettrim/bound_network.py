@@ -6,7 +6,7 @@ The mathematics is in ``nettrim.bounds`` and docs/bounds.md; here a network beco
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -31,12 +31,12 @@ from .bounds.tails import check_delta, check_positive, check_share
 from .calibration import Batches, Calibration
 from .capture import Replica, device_of, random_state_kept, read_graph, reference_replica, replicate, scan
 from .methods.targets import PerLayer, check_target, target_for
+from .progress import Advance, counted, shown
 from .selection import resolve, select
 from .status import InvalidInput
 from .units import Call, Unit
 
 Form = Literal["ball", "data"]
-Progress = Callable[[int, int, str], None]
 PATCH_ROWS = 1 << 16  # rows of patches in memory at a time
 RESOLUTION = 1e-6  # of the largest share
 
@@ -267,7 +267,7 @@ def network_bounds(
     layers: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
     device: torch.device | str | None = None,
-    progress: Progress = lambda done, total, what: None,
+    progress: bool | Advance = True,
 ) -> NetworkBounds:
     """Reads a trained network for bounds of what pruning does to its output. ``model`` itself is left unchanged.
 
@@ -278,7 +278,7 @@ def network_bounds(
         input_shape: of one sample, for a radius without data.
         layers: which layers may be pruned; by default all (as for :func:`nettrim.prune`).
         ignore: the same, to leave out.
-        progress: told of layers done, their number, and the present one.
+        progress: as for :func:`nettrim.prune`; a piece is a batch.
 
     Memory: 8 bytes * (N^2 + 3 N M) for each layer of M outputs of N inputs each, N^2 with data only.
 
@@ -302,7 +302,7 @@ def network_bounds(
     names = select(model, layers, ignore, given)
     place = device_of(model, device)
     batches = Calibration([torch.zeros(1, *(input_shape or ()))] if data is None else data, "data")
-    with random_state_kept(place):
+    with random_state_kept(place), shown(progress) as advance:
         first = next(iter(batches))
         reference, _ = reference_replica(model, place, first)
         found = scan(reference, names, batches)
@@ -330,7 +330,7 @@ def network_bounds(
                 f"the call of layer {hidden[0]!r} is hidden from the graph, so there is no bound: pass ignore=[{hidden[0]!r}]"
             )
         units = reference.units(names)
-        grams, output_norm = ({}, 0.0) if data is None else _grams(reference, units, batches, progress)
+        grams, output_norm = ({}, 0.0) if data is None else _grams(reference, units, batches, advance)
         made = {name: _layer(units[name], grams.get(name)) for name in names}
         for name, view in reference.views([name for name in path.layers if name not in made]).items():
             made[name] = Layer(name, [Block(W) for W in view.weights().double().chunk(view.groups, dim=1)], view.operator_factor())
@@ -361,9 +361,7 @@ def _layer(unit: Unit, grams: Sequence[Tensor] | None) -> Layer:
     return Layer(unit.view.name, blocks, unit.view.operator_factor())
 
 
-def _grams(
-    reference: Replica, units: Mapping[str, Unit], batches: Calibration, progress: Progress
-) -> tuple[dict[str, list[Tensor]], float]:
+def _grams(reference: Replica, units: Mapping[str, Unit], batches: Calibration, advance: Advance) -> tuple[dict[str, list[Tensor]], float]:
     """``X^T X`` of every group of every layer over all rows, and ``||f(X)||_F``; one pass."""
     sums: dict[str, list[Tensor]] = {}
     squares = 0.0
@@ -379,11 +377,10 @@ def _grams(
                 block = rows[:, g * N : (g + 1) * N]
                 own.addmm_(block.T, block)
 
-    for number, batch in enumerate(batches, 1):
+    for batch in counted(batches, batches.count, advance, "reading the inputs of the layers"):
         output = reference.stream(batch, list(units), receive)
         tensors = list(data_.output_tensors(output).values())
         squares += sum(float(value.double().square().sum()) for value in tensors)
-        progress(number, max(number, len(batches.fingerprints or ())), "reading the inputs of the layers")
     return sums, math.sqrt(squares)
 
 

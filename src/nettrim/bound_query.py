@@ -11,6 +11,7 @@ from .bound_network import GapBound, network_bounds
 from .bounds.masks import check_rule
 from .bounds.tails import check_delta, check_positive, check_share
 from .methods.targets import PerLayer
+from .progress import Advance
 from .sources import batches_from
 from .status import InvalidInput
 
@@ -30,6 +31,7 @@ def ask(
     ignore: Sequence[str] = (),
     batch_size: int = 256,
     device: torch.device | str | None = None,
+    progress: bool | Advance = True,
 ) -> list[GapBound]:
     """The bound for ``share``, or for the largest share whose bound is at most ``gap``, in every form that was given something.
 
@@ -57,6 +59,7 @@ def ask(
         layers=layers,
         ignore=ignore,
         device=device,
+        progress=progress,
     )
     bounds = []
     for form in found.forms:

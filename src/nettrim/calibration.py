@@ -48,6 +48,11 @@ class Calibration:
         self.batches = batches
         self.fingerprints: list[tuple[Any, ...]] | None = None
 
+    @property
+    def count(self) -> int:
+        """The number of batches; 0 before the first pass has ended."""
+        return len(self.fingerprints or ())
+
     def __iter__(self) -> Iterator[Any]:
         """The batches: checked in the first pass, compared with the first pass in all others.
 

@@ -29,7 +29,7 @@ from .methods import LOBS, OBS, LinearADMM, Magnitude, Method, NetTrim, Random, 
 from .methods.targets import check_room
 from .patterns import parse
 from .preimage import Activation
-from .progress import Silent
+from .progress import Advance, shown, within
 from .pruning import MAX_SAMPLES, prune
 from .records import build
 from .selection import select
@@ -49,8 +49,6 @@ METHODS: dict[str, Callable[..., Method]] = {
     "LinearADMM": LinearADMM,
     "LOBS": LOBS,
 }
-
-Advance = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -207,7 +205,7 @@ def compare(
         folder: where each result is kept as soon as it is there, in a file from which an interrupted comparison continues, and which a
             later one with more methods or sparsities adds to.
         resume: ``False`` begins that file anew.
-        progress: ``True`` shows a bar on a terminal and lines elsewhere; or a function of (done, total, what).
+        progress: as for :func:`nettrim.prune`; a piece is a run.
 
     Raises:
         InvalidInput: anything that cannot be used, before any work is done; a folder that belongs to another model, other data or settings.
@@ -230,7 +228,7 @@ def compare(
     batches = Calibration(calibration)
     unseen = None if heldout is None else Calibration(heldout, "heldout")
     measured = batches if unseen is None else unseen
-    with random_state_kept(place), _counted(progress) as advance:
+    with random_state_kept(place), shown(progress) as advance:
         reference = replicate(model, place, None)
         try:
             dense = _measure(reference, reference, measured)
@@ -275,7 +273,7 @@ def compare(
                 max_samples=max_samples,
                 seed=seed,
                 device=device,
-                progress=_Forward(lambda what: advance(done, len(wanted), f"{run.words}{what}")),
+                progress=within(advance, done, len(wanted), run.words),
             )
             seconds = time.perf_counter() - start
             found = _measure(reference, replicate(result.model, place, None), measured)
@@ -297,10 +295,11 @@ def compare(
 
         with ExitStack() as stack:
             writing: Journal | None = None
-            for done, (key, run) in enumerate(wanted.items()):
-                advance(done, len(wanted), run.words)
-                record = None if journal is None else journal.records.get(key)
+            known = {} if journal is None else {key: journal.records[key] for key in wanted if key in journal.records}
+            for done, (key, run) in enumerate(sorted(wanted.items(), key=lambda item: item[0] not in known)):
+                record = known.get(key)
                 if record is None:
+                    advance(done, len(wanted), run.words)
                     record = asdict(solve(run, done))
                     if journal is not None:
                         # not before there is a result: settings that prune refuses leave no file behind that other settings would not fit
@@ -402,22 +401,3 @@ def _data_hash(batches: Calibration, *, labelled: bool) -> str:
         if truth is not None:
             data.update_tensor(digest, truth)
     return digest.hexdigest()
-
-
-class _Forward(Silent):
-    """Passes on which layer is being solved."""
-
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self.tell = tell
-
-    def begin(self, name: str, index: int, count: int) -> None:
-        self.tell(f", layer {index + 1} of {count}")
-
-    def message(self, text: str) -> None:
-        self.tell(f", {text}")
-
-
-def _counted(progress: bool | Advance) -> Any:
-    from .render.counting import counted  # presentation stays in render
-
-    return counted(progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,12 +17,11 @@ from .calibration import Batches, Calibration, output_tensors
 from .capture import Replica, device_of, random_state_kept, read_graph, replicate
 from .finetune import keep_zeros
 from .layers import is_prunable
+from .progress import Advance, shown
 from .stacked import Group, differentiable, outputs, split, stacked
 from .status import InvalidInput
 
 LOOKS = 40  # times that the held-back samples are looked at
-
-Advance = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def distill(
             is held back, and the last state is returned.
         seed: chooses the samples held back, their order, and how they are mixed.
         device: where the work is done; by default where the pruned model is.
-        progress: ``True`` shows a bar on a terminal and lines elsewhere; or a function of (done, total, what).
+        progress: as for :func:`nettrim.prune`; a piece is a step.
 
     Raises:
         InvalidInput: settings outside their range; no zeros; models whose outputs have different forms; NaN or inf in the data, the outputs
@@ -109,7 +108,7 @@ def distill(
     names = _pruned_layers(source, opened(reference, encoders=False))
     batches = Calibration(calibration)
     place = device_of(source, device)
-    with random_state_kept(place), _counted(progress) as advance:
+    with random_state_kept(place), shown(progress) as advance:
         student, teacher = _working_copy(source, place), _working_copy(opened(reference, encoders=False), place)
         generator = torch.Generator().manual_seed(seed)
         first = next(iter(batches))
@@ -219,8 +218,8 @@ class _Run:
                 value.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 if step % look == 0 or step == steps:
-                    shown = self._look(step)
-                    advance(step, steps, f"distilling, loss {float(value.detach()) if shown is None else shown:.3g}")
+                    loss = self._look(step)
+                    advance(step, steps, f"distilling, loss {float(value.detach()) if loss is None else loss:.3g}")
         if self.unseen:
             with torch.no_grad():
                 for name, parameter in self.learned.items():
@@ -374,9 +373,3 @@ def _with_values(source: nn.Module, student: Replica, learned: Mapping[str, nn.P
                 if not bool(torch.isfinite(parameter).all()):
                     raise InvalidInput(f"distill: {name} left the range of {parameter.dtype}; lower learning_rate, or use float32")
     return closed(result, like)
-
-
-def _counted(progress: bool | Advance) -> Any:
-    from .render.counting import counted  # presentation stays in render
-
-    return counted(progress)

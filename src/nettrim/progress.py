@@ -1,155 +1,184 @@
-"""What a running prune shows: a live display on a terminal, plain lines elsewhere, or nothing."""
+"""What long work shows: a bar with the time left on a terminal, a line now and then elsewhere, nothing for short work.
+
+Work tells how far it is by calling ``advance(done, total, what)``; ``done`` may be a fraction where a piece is itself made of pieces
+(`within`). Nobody waits for a display: it only notes what it is told, and times that are measured are not taken while it draws (`still`).
+"""
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Protocol, Self
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
 
-from .report import LayerReport
+Advance = Callable[[float, float, str], None]
+"""Told the pieces that are done, all pieces, and what is being done."""
 
-
-class Observer(Protocol):
-    """Receives what happens while layers are solved; used as a context manager."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
-
-    def begin(self, name: str, index: int, count: int) -> None:
-        """Layer ``name`` is the ``index``-th of ``count``."""
-
-    def update(self, name: str, iteration: int, distance: float, density: float) -> None:
-        """Its present distance (relative to the reference norm) and density."""
-
-    def end(self, report: LayerReport) -> None:
-        """It is done."""
-
-    def message(self, text: str) -> None:
-        """Something else is being done."""
+SHORT = 2.0
+"""Seconds up to which work shows nothing."""
+PAUSE = 10.0
+"""Seconds between two plain lines at least; a tenth of the time that has passed where that is more."""
+Clock = Callable[[], float]
 
 
-class Silent:
+def silent(done: float, total: float, what: str) -> None:
     """Shows nothing."""
 
-    def __enter__(self) -> Self:
+
+def within(advance: Advance, done: float, total: float, what: str = "", share: float = 1.0) -> Advance:
+    """What a piece of larger work tells: it is ``share`` pieces long and begins when ``done`` of ``total`` are done."""
+
+    def tell(part: float, whole: float, words: str) -> None:
+        own = ", ".join(text for text in (what, words) if text)
+        advance(done + share * min(1.0, part / whole if whole else 0.0), total, own)
+
+    return tell
+
+
+def counted(items: Iterable[Any], total: int, advance: Advance, what: str) -> Iterator[Any]:
+    """The items, each told of as it begins; ``total`` may be less than there are, where the number is not known before."""
+    number = 0
+    for number, item in enumerate(items, 1):
+        advance(number - 1, max(total, number), what)
+        yield item
+    advance(number, max(total, number), what)
+
+
+@contextmanager
+def shown(progress: bool | Advance, *, still: bool = False) -> Iterator[Advance]:
+    """What to call with (done, total, what): the caller's own function, or what draws on standard error, or nothing for ``False``."""
+    if callable(progress):
+        yield progress
+    elif not progress:
+        yield silent
+    else:
+        with Display(Console(stderr=True), still=still) as display:
+            yield display.advance
+
+
+class Estimate:
+    """When work will be done, from what is done of it since it began."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.begun = clock, clock()
+        self.first: float | None = None
+        self.done = self.total = 0.0
+        self.told = self.begun
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the beginning."""
+        return self.clock() - self.begun
+
+    def update(self, done: float, total: float) -> None:
+        """``done`` of ``total`` pieces; what is done at the first call was done before."""
+        if self.first is None:
+            self.first = done
+        if done != self.done or total != self.total:
+            self.told = self.clock()
+        self.done, self.total = done, total
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that are left if the rest goes as what was done; None where nothing is done yet, or it takes longer than that."""
+        made = self.done - (self.first or 0.0)
+        if made <= 0:
+            return None
+        found = (self.told - self.begun) * (self.total - self.done) / made - (self.clock() - self.told)
+        return found if found >= 0 else None
+
+
+class Display:
+    """A bar on a terminal, plain lines elsewhere. ``still``: it draws only when it is told something, so that nothing runs beside."""
+
+    def __init__(self, console: Console, *, still: bool = False, clock: Clock = time.monotonic) -> None:
+        self.console, self.still, self.clock = console, still, clock
+        self.estimate = Estimate(clock)
+        self.lines = 0
+        self.last = float("-inf")
+        self.bar: _Bar | None = None
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal:
+            self.bar = _Bar(self.console, self.estimate, self.still)
+            if not self.still:
+                self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        return None
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        elif self.lines and kind is None:
+            self._print(f"done in {duration(self.estimate.elapsed)}")
 
-    def begin(self, name: str, index: int, count: int) -> None:
-        return None
+    def advance(self, done: float, total: float, what: str) -> None:
+        """``done`` of ``total`` pieces are finished; ``what`` is the present one."""
+        estimate = self.estimate
+        estimate.update(done, total)
+        if self.bar is not None:
+            self.bar.update(self.bar.only, completed=done, total=total, description=what)
+            if self.still and estimate.elapsed >= SHORT:
+                self.bar.start()
+                self.bar.refresh()
+        elif estimate.elapsed >= SHORT and self.clock() - self.last >= max(PAUSE, estimate.elapsed / 10) and done < total:
+            self.last = self.clock()
+            left = "" if estimate.left is None else f", about {duration(estimate.left)} left"
+            self._print(f"{_pieces(done, total)}: {what} ({duration(estimate.elapsed)}{left})")
 
-    def update(self, name: str, iteration: int, distance: float, density: float) -> None:
-        return None
-
-    def end(self, report: LayerReport) -> None:
-        return None
-
-    def message(self, text: str) -> None:
-        return None
-
-
-class PlainLines(Silent):
-    """One line a layer, for logs."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    def end(self, report: LayerReport) -> None:
-        self.console.print(done_line(report), highlight=False, markup=False, soft_wrap=True)
-
-    def message(self, text: str) -> None:
+    def _print(self, text: str) -> None:
+        self.lines += 1
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-class LiveBar(Silent):
-    """A bar over the layers with the present distance and density of the one being solved."""
+class _Bar(Progress):
+    """Description, bar, pieces, time passed and time left; empty while the work is short."""
 
-    def __init__(self, console: Console) -> None:
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
-            TimeElapsedColumn(),
+    def __init__(self, console: Console, estimate: Estimate, still: bool) -> None:
+        self.estimate = estimate
+        super().__init__(
+            # the description gives way where the terminal is narrow
+            TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+            BarColumn(bar_width=16),
+            _Words(lambda task: _pieces(task.completed, task.total or 0)),
+            _Words(lambda task: duration(estimate.elapsed)),
+            _Words(lambda task: "" if estimate.left is None else f"about {duration(estimate.left)} left"),
             console=console,
             transient=True,
+            auto_refresh=not still,
+            expand=True,
         )
-        self.task: TaskID | None = None
+        self.only = self.add_task("", total=1)
 
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.bar.stop()
-
-    def begin(self, name: str, index: int, count: int) -> None:
-        if self.task is None:
-            self.task = self.bar.add_task("", total=count, detail="")
-        self.bar.update(self.task, description=f"pruning {name}", completed=index, detail="reading inputs")
-
-    def update(self, name: str, iteration: int, distance: float, density: float) -> None:
-        assert self.task is not None
-        self.bar.update(self.task, detail=f"step {iteration}, distance {distance:.2%}, density {density:.1%}")
-
-    def end(self, report: LayerReport) -> None:
-        assert self.task is not None
-        self.bar.advance(self.task)
-        self.bar.console.print(done_line(report), highlight=False, markup=False)
-
-    def message(self, text: str) -> None:
-        if self.task is None:
-            self.bar.console.print(text, highlight=False, markup=False)
-        else:
-            self.bar.update(self.task, description=text, detail="")
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Nothing at first: work that is soon done flashes no bar."""
+        if self.estimate.elapsed >= SHORT:
+            yield from super().get_renderables()
 
 
-class CountBar:
-    """A bar over counted pieces of work on a terminal; a line now and then elsewhere; nothing when ``silent``."""
+class _Words(ProgressColumn):
+    """A column of words."""
 
-    def __init__(self, console: Console, *, silent: bool = False) -> None:
-        self.console, self.silent = console, silent
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-        self.bar = Progress(*columns, console=console, transient=True, disable=silent or not console.is_terminal)
-        self.task: TaskID | None = None
-        self.last = 0
+    def __init__(self, words: Callable[[Task], str]) -> None:
+        self.words = words
+        super().__init__(Column(no_wrap=True))
 
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.bar.stop()
-
-    def advance(self, done: int, total: int, what: str) -> None:
-        """``done`` of ``total`` pieces are finished; ``what`` is the present one."""
-        if self.task is None:
-            self.task = self.bar.add_task("", total=total)
-        self.bar.update(self.task, completed=done, total=total, description=what)
-        if not self.silent and not self.console.is_terminal and (done == total or done >= self.last + max(1, total // 10)):
-            self.last = done
-            self.console.print(f"{done} of {total}: {what}", highlight=False, markup=False, soft_wrap=True)
+    def render(self, task: Task) -> Text:
+        return Text(self.words(task), style="progress.remaining")
 
 
-def done_line(report: LayerReport) -> str:
-    """A layer's result in one line."""
-    allowed = "" if report.relative_tolerance is None else f" (allowed {report.relative_tolerance:.2%})"
-    return (
-        f"{report.name}: {report.density:.1%} of {report.weights} weights kept, distance {report.relative_distance:.2%}{allowed}, "
-        f"{report.status.value}, {report.seconds:.1f} s"
-    )
+def _pieces(done: float, total: float) -> str:
+    return f"{int(done):,} of {int(total):,}"
 
 
-def observer(progress: bool | Observer) -> Observer:
-    """``True``: a live bar on a terminal and plain lines elsewhere, both on standard error; ``False``: nothing."""
-    if not isinstance(progress, bool):
-        return progress
-    if not progress:
-        return Silent()
-    console = Console(stderr=True)
-    return LiveBar(console) if console.is_terminal else PlainLines(console)
+def duration(seconds: float) -> str:
+    """A time in whole seconds, minutes or hours: 5 s, 3 min 5 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

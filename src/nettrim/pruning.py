@@ -31,7 +31,7 @@ from .methods import Method
 from .methods.targets import check_room
 from .opening import how_opened
 from .preimage import Activation
-from .progress import Observer, observer
+from .progress import Advance, shown, within
 from .report import PruneReport, as_certified
 from .run import Run
 from .selection import resolve, select
@@ -90,7 +90,7 @@ def prune(
     max_samples: int = MAX_SAMPLES,
     seed: int = 0,
     device: torch.device | str | None = None,
-    progress: bool | Observer = True,
+    progress: bool | Advance = True,
 ) -> PruneResult:
     """Prunes a trained network layer by layer and certifies the result. ``model`` itself is left unchanged.
 
@@ -124,7 +124,8 @@ def prune(
             use every row and keep none.
         seed: chooses the rows where there are more than ``max_samples``.
         device: where the work is done; by default where the model is (on the CPU when that has no float64).
-        progress: ``True`` shows a live bar on a terminal and plain lines elsewhere (standard error).
+        progress: ``True`` shows a bar with the time left on a terminal, and a line now and then elsewhere, on standard error, once it has
+            taken two seconds; ``False`` nothing; or a function of (pieces done, pieces in all, what is being done).
 
     Returns:
         PruneResult: ``.model`` (same class, same state_dict keys, but for biases that were asked for), ``.report``, ``.certificate``.
@@ -160,8 +161,8 @@ def prune(
     batches = Calibration(calibration)
     unseen = None if heldout is None else Calibration(heldout, "heldout")
     place = device_of(model, device)
-    with observer(progress) as show, random_state_kept(place):
-        show.message("reading the calibration data")
+    with shown(progress) as advance, random_state_kept(place):
+        advance(0, 1, "reading the calibration data")
         first = next(iter(batches))
         encoders, opening = how_opened(given, place, first)
         model = model if encoders else opened(given, encoders=False)
@@ -174,7 +175,8 @@ def prune(
         corrections = {name: correction for name, correction in corrections.items() if name in wanted}
         graph = corrected_graph(reference, read_graph(reference, wanted, {}, first), corrections, first)
         notes = [*([opening] if opening else []), *([notice] if notice else []), *([graph.notice] if graph.notice else [])]
-        run = Run(model, method, scheme, batches, found, graph, reference, max_samples, seed, show)
+        run = Run(model, method, scheme, batches, found, graph, reference, max_samples, seed, advance)
+        run.plan(len(wanted), sweeps, allocation == "global", unseen is not None)
         if add_bias:
             notes += run.add_biases(wanted)
         run.weigh(reference)
@@ -185,10 +187,10 @@ def prune(
             if not run.sweep(wanted, number):
                 break
         notes += run.notes
-        show.message("certifying")
         certificate = run.certify(notice)
         if unseen is not None:
-            certificate = replace(certificate, heldout=certify_heldout(reference, run.pruned, unseen, batches))
+            told = within(advance, run.solving + 1, run.pieces)
+            certificate = replace(certificate, heldout=certify_heldout(reference, run.pruned, unseen, batches, advance=told))
     whole = whole_model(run.result, wanted, reasons_of(run.result, chosen, names))
     report = PruneReport(
         method=method.describe(),

@@ -15,6 +15,7 @@ from .certificate import Certificate
 from .corrections import corrected_graph
 from .layers import LayerView, add_bias, view
 from .opening import how_opened
+from .progress import Advance, shown, within
 from .pruning import PruneResult
 from .report import LayerReport
 from .selection import select
@@ -33,6 +34,7 @@ def recertify(
     *,
     heldout: Batches | None = None,
     device: torch.device | str | None = None,
+    progress: bool | Advance = True,
 ) -> PruneResult:
     """A result with ``model`` in it, and a certificate that speaks of its weights; nothing given is changed.
 
@@ -46,6 +48,7 @@ def recertify(
         calibration: the calibration data of the run, in the same order.
         heldout: data that were used neither for pruning nor for fine-tuning, for a statement about unseen inputs.
         device: where the work is done; by default where the reference network is.
+        progress: as for :func:`nettrim.prune`.
 
     Raises:
         InvalidInput: another reference network or other calibration data than those of the run; a model that differs from the reference
@@ -67,7 +70,9 @@ def recertify(
     batches = Calibration(calibration)
     unseen = None if heldout is None else Calibration(heldout, "heldout")
     place = device_of(original, device)
-    with random_state_kept(place):
+    with random_state_kept(place), shown(progress) as advance:
+        pieces = 2 + (unseen is not None)
+        advance(0, pieces, "reading the calibration data")
         first = next(iter(batches))
         if not how_opened(reference, place, first)[0]:
             original, changed = (opened(net, encoders=False) for net in (reference, model))
@@ -105,9 +110,9 @@ def recertify(
             Claim(layer.name, readings[layer.name].activation, None, "", 0.0, readings[layer.name].source, layer.budget, layer.pattern)
             for layer in old.layers
         ]
-        certificate = certify(before, after, claims, graph, batches, found, setup)
+        certificate = certify(before, after, claims, graph, batches, found, setup, within(advance, 1, pieces))
         if unseen is not None:
-            certificate = replace(certificate, heldout=certify_heldout(before, after, unseen, batches))
+            certificate = replace(certificate, heldout=certify_heldout(before, after, unseen, batches, advance=within(advance, 2, pieces)))
     modules = dict(changed.named_modules())
     layers = _reports(report.layers, certificate, [view(name, modules[name]) for name in names])
     note = "its weights were changed after pruning: distances are those of the new weights; tolerances and gaps are not claimed any more"

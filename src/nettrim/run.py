@@ -25,7 +25,7 @@ from .layers import add_bias as give_bias
 from .methods import Method
 from .methods.targets import kept_weights
 from .program import LayerProgram
-from .progress import Observer
+from .progress import Advance, within
 from .report import LayerReport
 from .solution import Solution
 from .status import NothingToPrune, Status
@@ -48,10 +48,10 @@ class Run:
         reference: Replica,
         max_samples: int,
         seed: int,
-        show: Observer,
+        advance: Advance,
     ) -> None:
         self.method, self.scheme, self.batches, self.found, self.graph, self.reference = method, scheme, batches, found, graph, reference
-        self.max_samples, self.seed, self.show = max_samples, seed, show
+        self.max_samples, self.seed = max_samples, seed
         self.original = model
         self.result = copy.deepcopy(model)
         self.result.zero_grad(set_to_none=True)  # gradients of the unpruned weights say nothing about the pruned ones
@@ -65,6 +65,19 @@ class Run:
         self.shares: dict[str, Any] = {}
         self.count = self.index = 0
         self.begun = 0.0
+        self.advance, self.finished, self.solving, self.pieces = advance, 0, 0, 1
+
+    def plan(self, layers: int, sweeps: int, curves: bool, heldout: bool) -> None:
+        """How much there is to do: a piece for each curve and each solution of a layer, one for the certificate, one for held-out data."""
+        self.solving = layers * (1 + sweeps + (curves and not is_ranked(self.method)))
+        self.pieces = self.solving + 1 + heldout
+
+    def tell(self, what: str) -> None:
+        """What is being done now."""
+        self.advance(self.finished, self.pieces, what)
+
+    def _where(self, name: str) -> str:
+        return f"pruning {name}, layer {self.index + 1} of {self.count}"
 
     def add_biases(self, names: Sequence[str]) -> list[str]:
         """Gives layers without any home for an offset a bias of zero, in all copies; notes on those that must stay without."""
@@ -89,7 +102,7 @@ class Run:
     def weigh(self, network: Replica) -> None:
         """Measures what the outputs of the layers count for in ``network``, for a method that asks."""
         if self.method.weighs_outputs:
-            self.show.message("measuring the importance of outputs")
+            self.tell("measuring the importance of outputs")
             self.importance, notice = output_importance(network, list(self.graph.readings), self.batches, self.seed)
             self.notes += [notice] if notice and notice not in self.notes else []
 
@@ -115,9 +128,10 @@ class Run:
             if self.method.weighs_outputs and not known:
                 self.notes.append("allocation: the importance of some layers' outputs is not known: their relative distances were compared")
             for index, name in enumerate(names):
-                self.show.message(f"measuring the curve of {name} ({index + 1} of {len(names)})")
+                self.tell(f"measuring the curve of {name}, layer {index + 1} of {len(names)}")
                 task = self._task(name, None, min(self.max_samples, CURVE_ROWS), self.importance[name] if known else None)
                 curves.append(error_curve(self.method, task, name, each[name]))
+                self.finished += 1
             kept = shared(curves, budget)
         self.method = replace(self.method, sparsity={name: 1 - kept[name] / sizes[name] for name in names})
         densities = ", ".join(f"{name} {kept[name] / sizes[name]:.2%}" for name in names)
@@ -156,7 +170,7 @@ class Run:
 
     def _capture(self, name: str, pruned: Replica | None) -> LayerTask:
         self.begun = time.perf_counter()
-        self.show.begin(name, self.index, self.count)
+        self.tell(f"{self._where(name)}: reading inputs")
         return self._task(name, pruned, self.max_samples, self.importance.get(name))
 
     def _task(self, name: str, pruned: Replica | None, max_samples: int, importance: Tensor | None) -> LayerTask:
@@ -178,7 +192,8 @@ class Run:
         assert target is not None
 
         def watch(iteration: int, distance: float, density: float) -> None:
-            self.show.update(name, iteration, distance / max(task.reference_norm, 1e-300), density)
+            share = distance / max(task.reference_norm, 1e-300)
+            self.tell(f"{self._where(name)}: step {iteration}, distance {share:.2%}, density {density:.1%}")
 
         solution = task.solve(lambda program, own: _finite(self.method.solve(program, own, watch), program), self.method.kind, target)
         self._report(name, task, solution, target)
@@ -189,7 +204,9 @@ class Run:
         for model in (self.result, self.pruned.model):
             unit_of(name, dict(model.named_modules()), reading).write(solution.weights, solution.bias)
         self.index += 1
-        self.show.end(self.reports[-1])
+        self.finished += 1
+        done = self.reports[-1]
+        self.tell(f"{name}: {done.density:.1%} of {done.weights:,} weights kept, distance {done.relative_distance:.2%}")
 
     def _report(self, name: str, program: LayerTask, solution: Solution, target: float) -> None:
         layer, reading = self._layer(name), self.graph.readings[name]
@@ -279,7 +296,8 @@ class Run:
             reference_hash=hashes(self.original),
             weights_hash=hashes(self.result),
         )
-        return certify(self.reference, self.pruned, self.claims, self.graph, self.batches, self.found, setup)
+        advance = within(self.advance, self.solving, self.pieces)
+        return certify(self.reference, self.pruned, self.claims, self.graph, self.batches, self.found, setup, advance)
 
 
 def _finite(solution: Solution, program: LayerProgram) -> Solution:

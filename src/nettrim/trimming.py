@@ -17,6 +17,7 @@ from .deploy.channels import Flow
 from .deploy.compact import channel_flow, check, compact
 from .deploy.follow import LAYERS, arguments
 from .deploy.removal import library
+from .progress import Advance, shown
 from .retraining import check_labelled, check_trainable, retrain
 from .status import InvalidInput
 
@@ -25,7 +26,6 @@ ZERO = 1e-9
 
 Train = Callable[[nn.Module, int], object]
 Score = Callable[[nn.Module], float]
-Advance = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def trim(
     ignore: Sequence[str] = (),
     seed: int = 0,
     device: torch.device | str | None = None,
-    progress: Advance | None = None,
+    progress: bool | Advance = True,
 ) -> Trimmed:
     """A smaller copy of ``model``: neurons and channels whose ReLU is mostly zero are removed for real, and the rest is retrained.
 
@@ -149,7 +149,7 @@ def trim(
         score: a function of the model, larger is better; by default the accuracy on the validation labels.
         ignore: layers whose neurons all stay, or modules that contain such layers.
         seed: of the built-in loop's order, and of torch's random state while ``method.train`` runs.
-        progress: a function of (done, total, what).
+        progress: as for :func:`nettrim.prune`; a piece is a round.
 
     Raises:
         InvalidInput: bad settings or data; no ReLU follows a layer whose neurons can be removed; every neuron of a layer exceeds the
@@ -173,10 +173,9 @@ def trim(
     place = device_of(model, device)
     generator = torch.Generator().manual_seed(seed)
     measure = score if score is not None else lambda network: _accuracy(network, checked, place)
-    advance: Advance = progress if progress is not None else lambda done, total, what: None
     rounds: list[Round] = []
     stopped = f"all {method.rounds} rounds done"
-    with random_state_kept(place):
+    with random_state_kept(place), shown(progress) as advance:
         current = replicate(model, place, None).model
         if training is not None and method.train is None:
             check_trainable(current, training, place)

@@ -34,6 +34,7 @@ from .certificate import (
 )
 from .graph import Chain, Graph
 from .preimage import Activation
+from .progress import Advance, counted, silent
 from .status import InvalidInput
 from .units import Call, Unit
 
@@ -80,7 +81,14 @@ def rounding_of(reference: Replica) -> float:
 
 
 def certify(
-    reference: Replica, pruned: Replica, claims: Sequence[Claim], graph: Graph, batches: Calibration, found: Scan, setup: Setup
+    reference: Replica,
+    pruned: Replica,
+    claims: Sequence[Claim],
+    graph: Graph,
+    batches: Calibration,
+    found: Scan,
+    setup: Setup,
+    advance: Advance = silent,
 ) -> Certificate:
     """One pass over the calibration data through both networks; the certificate of all layers and of the network."""
     names = [claim.name for claim in claims]
@@ -100,7 +108,7 @@ def certify(
     start = dict.fromkeys(names, 0)
     output = _OutputTally()
     digest = hashlib.sha256()
-    for batch in batches:
+    for batch in counted(batches, batches.count, advance, "certifying"):
         data.update_hash(digest, batch)
         seen, out_before = reference.calls(batch, names)
         waiting = {name: list(calls) for name, calls in seen.items()}
@@ -354,6 +362,7 @@ def certify_heldout(
     *,
     confidence: float = CONFIDENCE,
     level: float = LEVEL,
+    advance: Advance = silent,
 ) -> HeldOutCertificate:
     """Exact binomial bounds from held-out samples (design section 4, item 3), and accuracy where batches carry labels.
 
@@ -367,7 +376,7 @@ def certify_heldout(
     digest = hashlib.sha256()
     samples = exceed = changes = right_before = right_after = labelled = 0
     classes = True
-    for batch in batches:
+    for batch in counted(batches, batches.count, advance, "running held-out samples"):
         data.update_hash(digest, batch)
         pairs = _output_pairs(reference.run(batch), pruned.run(batch))
         (Y, X), *others = pairs

@@ -21,6 +21,7 @@ from .graph import Graph
 from .layers import add_bias, can_take_bias
 from .opening import how_opened
 from .patterns import parse
+from .progress import Advance, shown, within
 from .reading import Correction
 from .report import PruneReport
 from .report_check import AGREEMENT, differences, unlike
@@ -48,6 +49,7 @@ def verify(
     heldout: Batches | None = None,
     *,
     device: torch.device | str | None = None,
+    progress: bool | Advance = True,
 ) -> Certificate:
     """Recomputes every number of the certificate in ``folder`` and returns the recomputed certificate.
 
@@ -63,6 +65,7 @@ def verify(
         calibration: the calibration data of the run, in the same order.
         heldout: held-out batches. Needed to recheck a stored held-out statement; new ones make a new statement.
         device: where the work is done; by default where the model is.
+        progress: as for :func:`nettrim.prune`.
 
     Raises:
         CertificateError: a hash differs, a stored number is not the recomputed one, entries contradict one another, or a stated bound is
@@ -82,7 +85,9 @@ def verify(
     if hashes(pruned_model) != stored.weights_hash:
         problems.append("the stored weights are not those that the certificate was made for")
     batches = Calibration(calibration)
-    with random_state_kept(place):
+    with random_state_kept(place), shown(progress) as advance:
+        pieces = 2 + (heldout is not None)
+        advance(0, pieces, "reading the calibration data")
         first = next(iter(batches))
         if not how_opened(given, place, first)[0]:
             model, pruned_model = (opened(net, encoders=False) for net in (given, load(folder, copy.deepcopy(given))))
@@ -128,11 +133,13 @@ def verify(
             weights_hash=hashes(pruned_model),
         )
         reference.graph = pruned.graph = graph
-        again = certify(reference, pruned, claims, graph, batches, found, setup)
+        again = certify(reference, pruned, claims, graph, batches, found, setup, within(advance, 1, pieces))
         problems += _compare(stored, again, reference)
         problems += _heldout_arithmetic(stored)
         if heldout is not None:
-            again, differences = _recheck_heldout(stored, again, reference, pruned, Calibration(heldout, "heldout"), batches)
+            again, differences = _recheck_heldout(
+                stored, again, reference, pruned, Calibration(heldout, "heldout"), batches, within(advance, 2, pieces)
+            )
             problems += differences
     if not again.sound:
         problems += again.failures()
@@ -220,13 +227,19 @@ def _heldout_arithmetic(stored: Certificate) -> list[str]:
 
 
 def _recheck_heldout(
-    stored: Certificate, again: Certificate, reference: Replica, pruned: Replica, unseen: Calibration, batches: Calibration
+    stored: Certificate,
+    again: Certificate,
+    reference: Replica,
+    pruned: Replica,
+    unseen: Calibration,
+    batches: Calibration,
+    advance: Advance,
 ) -> tuple[Certificate, list[str]]:
     """The held-out statement made anew, at the stored confidence and level, and where it differs from the stored one."""
     old = stored.heldout
     if old is None:
-        return replace(again, heldout=certify_heldout(reference, pruned, unseen, batches)), []
-    new = certify_heldout(reference, pruned, unseen, batches, confidence=old.confidence, level=old.level)
+        return replace(again, heldout=certify_heldout(reference, pruned, unseen, batches, advance=advance)), []
+    new = certify_heldout(reference, pruned, unseen, batches, confidence=old.confidence, level=old.level, advance=advance)
     again = replace(again, heldout=new)
     if old.data_hash != new.data_hash:
         return again, ["held-out: the stored statement was made from other data; give those, or none"]

@@ -51,7 +51,7 @@ def export_command(
         network = checkpoint.load(weights, network)
     example = next(iter(Calibration(batches_from(data, network, batch_size), "data")))
     small = compact(network, example) if compacted else None
-    made = export(network if small is None else small.model, example, output, format=chosen)
+    made = export(network if small is None else small.model, example, output, format=chosen, progress=not as_json)
     if as_json:
         parameters = None if small is None else {"before": small.parameters[0], "after": small.parameters[1], "notes": list(small.notes)}
         print_json({"exported": made.to_dict(), "compacted": parameters})
@@ -102,12 +102,6 @@ def bench_command(
     if output is not None:
         bench_files.check_folder(output, hashes(network))
     example = next(iter(Calibration(batches_from(data, network, max(sizes)), "data")))
-    said = Console(stderr=True, quiet=as_json)
-
-    def announce(done: int, total: int, what: str) -> None:
-        """Plain lines: a live display would run beside what is timed."""
-        said.print(f"{done} of {total}: {what}", highlight=False, markup=False)
-
     made = bench(
         network,
         example,
@@ -116,7 +110,7 @@ def bench_command(
         threads=threads,
         seconds=seconds,
         device=device,
-        progress=announce,
+        progress=not as_json,
     )
     files = [] if output is None else bench_files.write(made, output)
     if as_json:

@@ -13,7 +13,6 @@ from rich.console import Console
 
 from .. import checkpoint, render
 from ..distill import Distilled, distill
-from ..progress import CountBar
 from ..pruning import MAX_SAMPLES, PruneResult, prune
 from ..recertify import recertify
 from ..render import bench_files, bench_table
@@ -197,6 +196,7 @@ def verify_command(
             batches_from(data, network, batch_size),
             None if heldout is None else batches_from(heldout, network, batch_size),
             device=device,
+            progress=not as_json,
         )
     except CertificateError as error:
         if as_json:
@@ -270,24 +270,23 @@ def distill_command(
     pruned = checkpoint.load(folder, copy.deepcopy(network))
     saved = PruneResult(pruned, checkpoint.read_report(folder), checkpoint.read_certificate(folder))
     # whatever the new certificate would refuse, it refuses before the training
-    recertify(saved, pruned, network, batches, heldout=unseen, device=device)
-    with CountBar(Console(stderr=True), silent=as_json) as bar:
-        made = distill(
-            pruned,
-            network,
-            batches,
-            loss=loss.value,
-            temperature=temperature,
-            steps=steps,
-            batch_size=step_samples,
-            learning_rate=learning_rate,
-            mixing=mixing,
-            holdback=holdback,
-            seed=seed,
-            device=device,
-            progress=bar.advance,
-        )
-    result = recertify(saved, made.model, network, batches, heldout=unseen, device=device)
+    recertify(saved, pruned, network, batches, heldout=unseen, device=device, progress=not as_json)
+    made = distill(
+        pruned,
+        network,
+        batches,
+        loss=loss.value,
+        temperature=temperature,
+        steps=steps,
+        batch_size=step_samples,
+        learning_rate=learning_rate,
+        mixing=mixing,
+        holdback=holdback,
+        seed=seed,
+        device=device,
+        progress=not as_json,
+    )
+    result = recertify(saved, made.model, network, batches, heldout=unseen, device=device, progress=not as_json)
     result = replace(result, report=replace(result.report, notes=(*result.report.notes, _words(made))))
     result.save(output, compressed=compressed)
     if as_json:

@@ -14,7 +14,7 @@ from ..bound_query import ask
 from ..compare import compare, first_samples
 from ..deploy import bench
 from ..experiments import reproduce
-from ..progress import CountBar
+from ..progress import shown
 from ..pruning import MAX_SAMPLES
 from ..render import bench_files, bench_table
 from ..render.bounds import bound_table
@@ -86,6 +86,7 @@ def bound_command(
         ignore=ignore or (),
         batch_size=batch_size,
         device=device,
+        progress=not as_json,
     )
     if as_json:
         print_json({"bounds": [bound.to_dict() for bound in asked]})
@@ -123,7 +124,7 @@ def demo_command(
     made = None
     if measure:
         console.print("size and speed", style="bold", highlight=False)
-        made = bench(done.result.model, done.example, reference=done.reference, seconds=0.2)
+        made = bench(done.result.model, done.example, reference=done.reference, seconds=0.2, progress=not as_json)
         bench_files.write(made, output)
     if as_json:
         rows = [dict(row.__dict__, densities=list(row.densities)) for row in done.rows]
@@ -173,26 +174,25 @@ def compare_command(
     folder = checkpoint.check_writable(output)
     network = model_from(model, weights)
     batches = batches_from(data, network, batch_size)
-    with CountBar(Console(stderr=True), silent=as_json) as bar:
-        comparison = compare(
-            network,
-            batches if samples is None else first_samples(batches, samples),
-            methods=methods or "all",
-            sparsities=sparsity,
-            pattern=pattern,
-            heldout=None if heldout is None else batches_from(heldout, network, batch_size),
-            scheme=scheme.value,
-            layers=layers,
-            ignore=ignore or (),
-            activations=activations,
-            readings=corrections,
-            max_samples=max_samples,
-            seed=seed,
-            device=device,
-            folder=folder,
-            resume=resume,
-            progress=bar.advance,
-        )
+    comparison = compare(
+        network,
+        batches if samples is None else first_samples(batches, samples),
+        methods=methods or "all",
+        sparsities=sparsity,
+        pattern=pattern,
+        heldout=None if heldout is None else batches_from(heldout, network, batch_size),
+        scheme=scheme.value,
+        layers=layers,
+        ignore=ignore or (),
+        activations=activations,
+        readings=corrections,
+        max_samples=max_samples,
+        seed=seed,
+        device=device,
+        folder=folder,
+        resume=resume,
+        progress=not as_json,
+    )
     files = compare_files.write(comparison, folder)
     if as_json:
         print_json(comparison.to_dict() | {"files": [str(file) for file in files]})
@@ -218,8 +218,8 @@ def reproduce_command(
     if name not in reproduce.NAMES:  # before its folder is made
         raise InvalidInput(f"experiment {name!r} is not known; there are {', '.join(reproduce.NAMES)}")
     folder = checkpoint.check_writable(output / name)
-    with CountBar(Console(stderr=True), silent=as_json) as bar:
-        settings = reproduce.Settings(folder, quick, seed, dataset.value, data, samples, bar.advance)
+    with shown(not as_json) as advance:
+        settings = reproduce.Settings(folder, quick, seed, dataset.value, data, samples, advance)
         outcome = reproduce.run(name, settings)
     if as_json:
         print_json(outcome.numbers)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..calibration import forward, inputs_of, samples
 from ..capture import Replica, device_of, random_state_kept, replicate
+from ..progress import Advance, shown, within
 from ..status import InvalidInput, NetTrimError
 from . import semi_structured, sparse_candidates
 from .compact import allowed_difference, check, outputs, relative_difference
@@ -69,7 +70,9 @@ class Accelerated:
         return accelerated_text(self)
 
 
-def accelerate(model: nn.Module, example: Any, *, device: torch.device | str | None = None, budget: float = 0.3) -> Accelerated:
+def accelerate(
+    model: nn.Module, example: Any, *, device: torch.device | str | None = None, budget: float = 0.3, progress: bool | Advance = True
+) -> Accelerated:
     """A copy of ``model`` for inference whose sparse layers run as sparse products where that is faster on this machine.
 
     Every Linear and Conv2d is timed dense and sparse at the example's batch size, with the threads that torch has now; whole passes are
@@ -86,6 +89,7 @@ def accelerate(model: nn.Module, example: Any, *, device: torch.device | str | N
         device: where the copy runs; by default where the model is. On CUDA, Linear layers with 2:4 zeros are tried with PyTorch's
             semi-structured kernels, and nothing else.
         budget: seconds of measuring for each candidate.
+        progress: as for :func:`nettrim.prune`; it draws only between measurements.
 
     Raises:
         InvalidInput: the model cannot be copied or run on the example, holds NaN or inf, changes its buffers in a pass, or the device has
@@ -102,7 +106,8 @@ def accelerate(model: nn.Module, example: Any, *, device: torch.device | str | N
     place, given = device_of(model, device), example
     if place.type not in ("cpu", "cuda"):
         raise InvalidInput(f"accelerate: {place} is a device without the kernel; use device='cpu', or 'cuda' for 2:4 zeros")
-    with random_state_kept(place):
+    with random_state_kept(place), shown(progress, still=True) as advance:
+        advance(0, 3, "reading the model")
         twin = replicate(model, place, None)
         twin.model.requires_grad_(False)
         buffers = {name: buffer.clone() for name, buffer in twin.model.named_buffers()}
@@ -118,8 +123,10 @@ def accelerate(model: nn.Module, example: Any, *, device: torch.device | str | N
             found = semi_structured.search(twin, example, budget)
         else:
             native = importlib.util.find_spec("numba") is not None
-            found = sparse_candidates.search(twin, example, budget, native, lambda module: differs(module) <= allowed)
-        taken = _whole(found, example, place, budget)
+            found = sparse_candidates.search(
+                twin, example, budget, native, lambda module: differs(module) <= allowed, within(advance, 0, 3, share=2)
+            )
+        taken = _whole(found, example, place, budget, within(advance, 2, 3))
         kept = _fastest(taken, found.notes)
         made = found.candidates[kept]
         difference = differs(made.module)
@@ -174,7 +181,7 @@ def _fastest(taken: Mapping[str, Passes], notes: list[str]) -> str:
     return min(told, key=lambda name: told[name]) if told else "dense"
 
 
-def _whole(found: sparse_candidates.Found, example: Any, place: torch.device, budget: float) -> dict[str, Passes]:
+def _whole(found: sparse_candidates.Found, example: Any, place: torch.device, budget: float, advance: Advance) -> dict[str, Passes]:
     """Whole passes over the example, by candidate."""
 
     def run(module: nn.Module) -> Callable[[], None]:
@@ -185,7 +192,7 @@ def _whole(found: sparse_candidates.Found, example: Any, place: torch.device, bu
 
         return once
 
-    return side_by_side({name: run(candidate.module) for name, candidate in found.candidates.items()}, budget)
+    return side_by_side({name: run(candidate.module) for name, candidate in found.candidates.items()}, budget, tell=advance)
 
 
 def _choice(name: str, layer: nn.Module, made: sparse_candidates.Candidate, kept: str, found: sparse_candidates.Found) -> Choice:

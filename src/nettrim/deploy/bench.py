@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..calibration import inputs_of, sample_shape
 from ..capture import Replica, device_of, hashes, random_state_kept, replicate
 from ..checkpoint import save_weights
+from ..progress import Advance, shown, within
 from ..status import InvalidInput, NetTrimError
 from .accelerate import accelerate
 from .bench_result import ACCELERATED, COMPACTED, DENSE, PRUNED, Bench, Form, Timing
@@ -30,8 +31,6 @@ SIZES = (1, 32, 256)
 SECONDS = 0.5
 _BUDGET = 0.3  # of accelerate's own measuring, its default; less where a bench is to be shorter than that
 _EXACT = 1e-5  # what compact and accelerate promise of their outputs
-
-Advance = Callable[[int, int, str], None]
 
 
 @dataclass
@@ -57,7 +56,7 @@ def bench(
     threads: int | None = None,
     seconds: float = SECONDS,
     device: torch.device | str | None = None,
-    progress: Advance | None = None,
+    progress: bool | Advance = True,
 ) -> Bench:
     """Measures a pruned model's size and speed on this machine, in the forms in which it can be used.
 
@@ -78,7 +77,7 @@ def bench(
         threads: so many threads of torch while it runs; by default as many as torch has now. They are put back afterwards.
         seconds: measured at least, for each form and batch size, beside the warm-up and what ``accelerate`` measures for its choices.
         device: where the models run; by default where ``model`` is.
-        progress: called with the number of steps done, of all steps, and what comes next.
+        progress: as for :func:`nettrim.prune`; it draws only between measurements.
 
     Raises:
         InvalidInput: a setting out of range; a model that cannot be copied or run on the example, or holds NaN or inf; a reference whose
@@ -89,15 +88,15 @@ def bench(
     if reference is not None:
         check(reference, example, "bench: reference")
     place = device_of(model, device)
-    with _threads(threads), random_state_kept(place):
+    with _threads(threads), random_state_kept(place), shown(progress, still=True) as advance:
         work = _Work(place, example)
-        advance = progress or (lambda done, total, what: None)
         steps = len(sizes) + 1
         advance(0, steps, "sizes")
         _prepare(work, model, reference)
         for number, batch in enumerate(sizes, 1):
-            advance(number, steps, f"batches of {batch}")
-            _measure(work, batch, seconds)
+            told = within(advance, number, steps, f"batches of {batch}")
+            told(0, 1, "")
+            _measure(work, batch, seconds, told)
         advance(steps, steps, "done")
         if not work.timings.get(PRUNED):
             raise InvalidInput(f"bench: the pruned model runs at no batch size: {'; '.join(work.notes)}; choose others")
@@ -216,7 +215,7 @@ def _counted(work: _Work, name: str, model: nn.Module) -> Counted | None:
 # ------------------------------------------------------------------------------------------------------------------ times
 
 
-def _measure(work: _Work, batch: int, seconds: float) -> None:
+def _measure(work: _Work, batch: int, seconds: float, advance: Advance) -> None:
     """All forms at one batch size."""
     inputs = _moved(resized(inputs_of(work.example), batch), work.place)
     wanted = _agreed(work, batch, PRUNED, work.models[PRUNED], inputs, None)
@@ -227,7 +226,7 @@ def _measure(work: _Work, batch: int, seconds: float) -> None:
     kinds, how = dict[str, str](), ""
     base = COMPACTED if COMPACTED in work.models else PRUNED
     try:
-        fast = accelerate(work.models[base], inputs, device=work.place, budget=min(_BUDGET, seconds))
+        fast = accelerate(work.models[base], inputs, device=work.place, budget=min(_BUDGET, seconds), progress=within(advance, 0, 2))
     except Exception as error:
         work.notes[f"batches of {batch}: {ACCELERATED} is left out: {_words(error)}"] = None
     else:
@@ -237,7 +236,8 @@ def _measure(work: _Work, batch: int, seconds: float) -> None:
             kinds, how = {choice.name: choice.kind for choice in fast.choices}, fast.kept
             work.counts[ACCELERATED] = work.counts[base]
             work.forms[ACCELERATED] = replace(work.forms[base], name=ACCELERATED, made_from=base)
-    taken = side_by_side({name: _run(model, inputs, work.place) for name, model in made.items()}, seconds)
+    runs = {name: _run(model, inputs, work.place) for name, model in made.items()}
+    taken = side_by_side(runs, seconds, tell=within(advance, 1, 2))
     busy = [f"{name} in {len(p.interrupted)} of {len(p.counted)} passes" for name, p in taken.items() if not p.enough]
     if busy:
         work.notes[

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..progress import Advance, shown
 from ..status import InvalidInput
 from .export_c import check_name, export_c
 from .export_common import check_output
@@ -19,7 +20,7 @@ FORMATS: dict[str, Callable[[object, Any, str | Path], Exported]] = {"onnx": exp
 """Formats by name, which is also the ending of their files."""
 
 
-def export(model: nn.Module, example: Any, path: str | Path, *, format: str | None = None) -> Exported:
+def export(model: nn.Module, example: Any, path: str | Path, *, format: str | None = None, progress: bool | Advance = True) -> Exported:
     """Writes the model, in eval mode, to a file that other programs run, and checks that file before it is put in its place.
 
     ``onnx``: ONNX, run by onnxruntime on the example and on other batch sizes, to 1e-4 of the largest output. ``pt2``: a program of
@@ -33,13 +34,17 @@ def export(model: nn.Module, example: Any, path: str | Path, *, format: str | No
         example: a batch on which the model runs: a tensor, a tuple whose first item is the input, or a mapping of keyword inputs.
         path: the file; its folder is made where it is missing. For C, its name also names the function.
         format: "onnx", "pt2" or "c"; by default what the path ends in.
+        progress: as for :func:`nettrim.prune`.
 
     Raises:
         InvalidInput: the model, example, path or format cannot be used; for C also: something in the model has no C form.
         MissingExtra: ONNX without onnx, onnxruntime and onnxscript.
         NetTrimError: the file does not compute what the model does; nothing is written.
     """
-    return FORMATS[check_target(path, format)](model, example, path)
+    chosen = check_target(path, format)
+    with shown(progress) as advance:
+        advance(0, 1, f"writing {Path(path).name} and running it")
+        return FORMATS[chosen](model, example, path)
 
 
 def check_target(path: str | Path, format: str | None) -> str:

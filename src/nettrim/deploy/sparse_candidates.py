@@ -16,6 +16,7 @@ from ..calibration import inputs_of, output_tensors
 from ..capture import Replica
 from ..graph import read
 from ..nodes import hooked
+from ..progress import Advance, counted, silent
 from .regions import Placed, Shapes, able, rebuilt, recorded, shapes_of
 from .sparse_chain import SparseChain, csr
 from .sparse_module import SparseModule
@@ -54,7 +55,9 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))}
 
 
-def search(twin: Replica, example: Any, budget: float, native: bool, agrees: Callable[[nn.Module], bool]) -> Found:
+def search(
+    twin: Replica, example: Any, budget: float, native: bool, agrees: Callable[[nn.Module], bool], advance: Advance = silent
+) -> Found:
     """All candidates on the CPU; ``native``: whether numba is there. ``agrees`` says whether a module computes what the model does."""
     found = Found({"dense": Candidate(twin.model, {})})
     for name, layer in layers_of(twin.model).items():
@@ -77,7 +80,7 @@ def search(twin: Replica, example: Any, budget: float, native: bool, agrees: Cal
             found.notes.append(f"{graph.notice.removesuffix(': matched linearly')}: layers are accelerated one at a time")
         _one_by_one(twin, example, budget, native, found)
     else:
-        _Regions(twin, graph.traced, inputs, budget, native, found).search()
+        _Regions(twin, graph.traced, inputs, budget, native, found).search(advance)
     return found
 
 
@@ -97,7 +100,7 @@ class _Regions:
         self.values = recorded(fx.GraphModule(twin.model, graph), self.arguments)
         self.shapes: Shapes = shapes_of(self.values)
 
-    def search(self) -> None:
+    def search(self, advance: Advance) -> None:
         called = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
         for name in layers_of(self.model):
             if name not in called:
@@ -113,7 +116,7 @@ class _Regions:
             self._chunk(everything, placed)
             for name, kinds in self._runs(placed, "direct").items():
                 runs[name] = {**runs.get(name, {}), **kinds}
-        for name, kinds in runs.items():
+        for name, kinds in counted(runs.items(), len(runs), advance, "timing layers"):
             self.found.seconds[name] = _seconds({kind: _all_of(calls) for kind, calls in kinds.items()}, self.budget / 5)
         faster = [name for name in linear if self._wins(name, "csr")]
         if self.native:

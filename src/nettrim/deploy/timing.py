@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..progress import Advance, silent
+
 try:
     import resource
 except ImportError:  # Windows does not tell
@@ -76,7 +78,7 @@ def apart(ours: Passes, theirs: Passes) -> bool:
     return likely <= CHANCE * float(2**rounds)
 
 
-def side_by_side(runs: Mapping[K, Callable[[], Any]], seconds: float, rounds: int = ROUNDS) -> dict[K, Passes]:
+def side_by_side(runs: Mapping[K, Callable[[], Any]], seconds: float, rounds: int = ROUNDS, tell: Advance = silent) -> dict[K, Passes]:
     """Passes of each candidate: at least ``seconds`` of them and at least ``rounds``.
 
     After a warm-up of up to three passes there are ``rounds`` rounds. In each, every candidate has its turn of at least
@@ -85,7 +87,7 @@ def side_by_side(runs: Mapping[K, Callable[[], Any]], seconds: float, rounds: in
 
     On a busy machine long passes are interrupted and short ones are not, which would make ratios of the two too large; so the system's
     count of involuntary context switches tells interrupted passes apart, and turns go on until they have their seconds without them,
-    as far as ``PATIENCE`` goes.
+    as far as ``PATIENCE`` goes. ``tell`` hears of each round before it begins: nothing is drawn while a pass is timed.
     """
     names, turn = list(runs), seconds / rounds
     found = {name: Passes(rounds=rounds) for name in names}
@@ -100,6 +102,7 @@ def side_by_side(runs: Mapping[K, Callable[[], Any]], seconds: float, rounds: in
         gc.disable()
         try:
             for number in range(rounds):
+                tell(number, rounds, "timing whole passes")
                 first = number % len(names)
                 for name in names[first:] + names[:first]:
                     _turn(runs[name], turn, found[name])

@@ -33,7 +33,7 @@ SAMPLES, QUICK_SAMPLES = 1000, 300
 DELTA = 0.05
 GAP = 0.5  # relative gap for which the largest share is sought
 UNLIKELY = 1e-6  # more bounds exceeded than this probability allows: the bound would be wrong
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[float, float, str], None]
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ SAMPLES = 10_000
 ROUNDING = 1e-6  # relative; a theorem counts as met up to it
 _FORMAT = 1
 
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[float, float, str], None]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..methods import Magnitude, NetTrim
-from ..progress import Observer
+from ..progress import Advance
 from ..pruning import PruneResult, prune
 from ..render import ComparisonRow
 from . import datasets, training
@@ -40,7 +40,7 @@ def run(
     samples: int = SAMPLES,
     seed: int = 0,
     cache: Path | None = None,
-    progress: bool | Observer = True,
+    progress: bool | Advance = True,
     announce: Callable[[str], None] = lambda text: None,
 ) -> Demo:
     """Trains an input-300-100-classes ReLU network on a data set and prunes it without retraining.

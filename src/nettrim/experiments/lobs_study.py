@@ -39,7 +39,7 @@ ROUNDS = 2  # of the iterative variant, as in the published code
 QUICK_ITERATIONS = 100
 _FORMAT = 1
 
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[float, float, str], None]
 Scheme = Literal["cascade", "parallel"]
 
 

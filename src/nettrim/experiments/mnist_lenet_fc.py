@@ -42,7 +42,7 @@ def run(
     out: Path,
     quick: bool = False,
     seed: int = 0,
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    progress: Callable[[float, float, str], None] = lambda done, total, what: None,
     resume: bool = True,
     dataset: str = "mnist",
     data: Path | None = None,

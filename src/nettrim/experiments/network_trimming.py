@@ -33,7 +33,7 @@ TOLERANCE = 0.001
 _BATCH = 1_000
 _FORMAT = 1
 
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[float, float, str], None]
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def run(
     out: Path,
     sizes: Sequence[int] | None = None,
     entries: Entries = "gaussian",
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    progress: Callable[[float, float, str], None] = lambda done, total, what: None,
     resume: bool = True,
     processes: int = 2,
 ) -> Summary:

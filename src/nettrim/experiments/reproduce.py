@@ -13,7 +13,7 @@ from rich.table import Table
 from ..status import InvalidInput
 
 NAMES = ("recovery", "spirals", "mnist-fc", "mnist-lenet-fc", "cascade-vs-parallel", "robustness", "bounds", "network-trimming", "lobs")
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[float, float, str], None]
 
 
 @dataclass(frozen=True)

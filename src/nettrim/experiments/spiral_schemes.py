@@ -74,7 +74,7 @@ def spiral_points(
     out: Path,
     quick: bool = False,
     seed: int = 0,
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    progress: Callable[[float, float, str], None] = lambda done, total, what: None,
     resume: bool = True,
     hidden: Sequence[int] | None = None,
     repeats: int | None = None,

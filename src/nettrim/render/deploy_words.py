@@ -89,7 +89,7 @@ def exported_text(made: Exported, width: int = WIDTH) -> str:
     lines = [f"{made.path}: {made.bytes:,} bytes ({made.format})"]
     if made.difference is not None:
         batches = ", ".join(map(str, made.checked))
-        lines.append(f"  run on batches of {batches}: its outputs differ from the model's by {made.difference:.1e} of the largest, at most")
+        lines.append(f"  checked on batches of {batches}: largest difference {made.difference:.1e} of the largest output")
     else:
         lines.append("  not run here: nothing says that it computes what the model does")
     if made.sizes is not None:
