@@ -39,7 +39,6 @@ def unlike(report: PruneReport, stored: Certificate, pruned: nn.Module, found: S
             "weights": own.weight.numel(),
             "nonzeros": int((own.weight != 0).sum()),
             "activation": layer.activation,
-            "reading": graph.readings[layer.name].words,
         }
         numbers: tuple[str, ...] = ("rows", "reference_norm", "distance", "original_distance", "tolerance")
         if stored.program != "halfspace":  # only the published program has constraints, and a gap of the solver's own

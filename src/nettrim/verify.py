@@ -35,6 +35,7 @@ _NEVER_CHECKED = (
     "iterations",
     "status (beyond what was met)",
     "dead_inputs",
+    "reading (its words; the activation is checked)",
     "notes",
     "settings (beyond targets and readings)",
     "reason",
