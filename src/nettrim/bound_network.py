@@ -31,6 +31,7 @@ from .bounds.tails import check_delta, check_positive, check_share
 from .calibration import Batches, Calibration
 from .capture import Replica, device_of, random_state_kept, read_graph, reference_replica, replicate, scan
 from .methods.targets import PerLayer, check_target, target_for
+from .outputs import outputs_of, square
 from .selection import resolve, select
 from .status import InvalidInput
 from .units import Call, Unit
@@ -371,8 +372,7 @@ def _grams(
 
     for number, batch in enumerate(batches, 1):
         output = reference.stream(batch, list(units), receive)
-        tensors = list(data_.output_tensors(output).values())
-        squares += sum(float(value.double().square().sum()) for value in tensors)
+        squares += sum(square(value) for value in outputs_of(output).scores.values())
         progress(number, max(number, len(batches.fingerprints or ())), "reading the inputs of the layers")
     return sums, math.sqrt(squares)
 

@@ -26,6 +26,7 @@ from .capture import (
 )
 from .certificate import Certificate
 from .corrections import Parts, corrected_graph, corrections_of
+from .heldout import certify_heldout, check_heldout
 from .layers import view
 from .methods import Method
 from .methods.targets import check_room
@@ -37,7 +38,6 @@ from .run import Run
 from .selection import resolve, select
 from .status import InvalidInput, NothingToPrune
 from .summary import result_text
-from .verification import certify_heldout, check_heldout
 from .whole import reasons_of, whole_model
 
 MAX_SAMPLES = 20_000
@@ -189,6 +189,7 @@ def prune(
         certificate = run.certify(notice)
         if unseen is not None:
             certificate = replace(certificate, heldout=certify_heldout(reference, run.pruned, unseen, batches))
+    notes += [f"not compared: {part}" for part in certificate.network.not_compared]
     whole = whole_model(run.result, wanted, reasons_of(run.result, chosen, names))
     report = PruneReport(
         method=method.describe(),
