@@ -345,8 +345,8 @@ def contradictions(statement: HeldOutCertificate) -> list[str]:
         found.append(f"level must be >= 0, found {s.level}")
     if s.unit not in ("sample", "row", "batch"):
         found.append(f"unit must be 'sample', 'row' or 'batch', found {s.unit!r}")
-    if s.unit == "sample" and s.units not in (0, s.samples):
-        found.append(f"units are stated as {s.units}, but samples are counted, of which there are {s.samples}")
+    if s.unit == "sample" and s.units:
+        found.append(f"units must be 0 where samples are counted, found {s.units}")
     if s.samples < 1 or s.counted < 1:
         found.append("it must speak of at least one sample")
     limits = {"exceed": s.counted, "class_changes": s.counted, "integer_changes": s.counted, "overlap": s.samples}
