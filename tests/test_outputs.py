@@ -6,6 +6,7 @@ import copy
 import math
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import nettrim
 from nettrim.outputs import Outputs, changed_integers, disagreement, largest_difference, outputs_of, pairs, squares
+from nettrim.render import certificate_words
 from nettrim.status import InvalidInput
 from nettrim.verification import _OutputTally
 
@@ -289,6 +291,7 @@ def test_what_is_not_compared_is_named_in_certificate_and_report() -> None:
     result = nettrim.prune(model, [x], nettrim.Magnitude(sparsity=0.8), layers=["c"], progress=False)
     assert result.certificate.network.not_compared == ("cache (Cache)",)
     assert "not compared: cache (Cache)" in result.report.notes
+    assert "Not compared, so nothing here speaks of it: cache (Cache)." in certificate_words(result.certificate)
     assert nettrim.certificate.Certificate.from_dict(result.certificate.to_dict()) == result.certificate
 
 
@@ -301,6 +304,17 @@ def test_deployment_compares_every_output(form: str) -> None:
     made = nettrim.accelerate(model, x, budget=0.01)
     with torch.no_grad():
         assert largest_difference(outputs_of(model(x)), outputs_of(made.model(x))) <= 1e-5
+
+
+def test_a_trained_network_may_decide_otherwise_than_the_pruned_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Heads("integer").eval(), torch.randn(4, 3, 8, 8)
+    pruned = nettrim.prune(model, [x], nettrim.Magnitude(sparsity=0.8), layers=["c"], progress=False).model
+    measured = nettrim.bench(pruned, x, reference=model, batch_sizes=(4,), seconds=0.01)
+    forms = {form.name: form for form in measured.forms}
+    assert forms["dense"].timings and forms["pruned"].timings
+    made = nettrim.export(pruned, x, tmp_path / "net.pt2")
+    assert made.difference is not None and made.difference <= 1e-5
 
 
 def test_a_model_without_determinism_in_a_nested_output_is_refused() -> None:
