@@ -22,11 +22,11 @@ from torch import Tensor, nn
 import nettrim
 from nettrim.deploy import accelerate as _function
 from nettrim.deploy import kernels_team, semi_structured, sparse_candidates
-from nettrim.deploy.compact import relative_difference
 from nettrim.deploy.sparse_chain import SparseChain
 from nettrim.deploy.sparse_region import SparseRegion
 from nettrim.deploy.timing import Passes
 from nettrim.experiments import zoo
+from nettrim.outputs import Outputs, largest_difference
 from nettrim.status import InvalidInput, NetTrimError
 
 module = importlib.import_module(_function.__module__)
@@ -393,7 +393,7 @@ def test_nan_and_inf_are_no_agreement() -> None:
     nan, inf = math.nan, math.inf
 
     def differ(a: list[float], b: list[float]) -> float:
-        return relative_difference({0: torch.tensor(a)}, {0: torch.tensor(b)})
+        return largest_difference(Outputs({"": torch.tensor(a)}), Outputs({"": torch.tensor(b)}))
 
     assert differ([1.0, 2.0], [nan, 2.0]) == differ([nan, 2.0], [1.0, 2.0]) == differ([1.0, inf], [1.0, -inf]) == inf
     assert differ([nan, inf, -inf], [nan, inf, -inf]) == 0.0

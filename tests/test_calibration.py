@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from nettrim import InvalidInput, Magnitude, NetTrim, prune
-from nettrim.calibration import BATCH, Calibration, check_batch, labels, output_tensors, sample_digests, samples, update_hash
+from nettrim.calibration import BATCH, Calibration, check_batch, labels, sample_digests, samples, update_hash
 
 
 def data(rows: int = 40, columns: int = 6, seed: int = 0) -> Tensor:
@@ -249,13 +249,9 @@ def test_labels() -> None:
     assert samples((x, y)) == 4
 
 
-def test_output_tensors() -> None:
-    x = data()
-    assert list(output_tensors((x, None, x > 0, x))) == [0, 3]
-    assert list(output_tensors({"logits": x, "state": [1]})) == ["logits"]
-    for output in ((x > 0), 3.0, [1, 2], None, {}):
-        with pytest.raises(InvalidInput, match="the model's output"):
-            output_tensors(output)
+def test_a_dimension_of_length_one_is_the_same_for_all_samples() -> None:
+    batch = {"bias": torch.zeros(1, 3), "x": data(5)}
+    assert samples(batch) == 5 and len(sample_digests(Calibration([batch]))) == 5
 
 
 def test_check_batch_names_the_batch() -> None:

@@ -208,7 +208,7 @@ def test_batches_that_cannot_be_cut_stay_whole() -> None:
     assert [group.divisible for group in groups] == [False] * 10
     kept, unseen = split(groups, 0.1, torch.Generator().manual_seed(0))
     assert (len(kept), len(unseen)) == (9, 1)
-    assert torch.equal(outputs(replica, groups[3])[0], model(batches[3]))
+    assert torch.equal(outputs(replica, groups[3]).tensors[""], model(batches[3]))
     result = nettrim.prune(model, batches, Magnitude(0.5), progress=False)
     made = distill(result.model, model, batches, **FEW)
     assert not made.mixed and made.after < made.before

@@ -116,7 +116,8 @@ def test_three_dimensional_inputs() -> None:
     assert [layer.rows for layer in result.report.layers] == [60, 60, 60]
     assert result.report.samples == 12
     assert result.certificate.holds
-    assert result.certificate.network.agreement is None
+    assert result.certificate.network.rows == 60 and result.certificate.network.classes == "the last dimension of the output"
+    assert result.certificate.network.agreement is not None
 
 
 class Heads(nn.Module):
@@ -140,7 +141,9 @@ def test_several_outputs(as_dict: bool, scheme: Any) -> None:
     assert result.certificate.holds
     assert result.certificate.network.bound is None
     assert result.certificate.network.achieved > 0
-    assert result.certificate.heldout is not None and result.certificate.heldout.class_changes is None
+    heldout = result.certificate.heldout
+    assert heldout is not None and heldout.class_changes is not None and heldout.predictions == 2 * heldout.samples == 160
+    assert heldout.class_changes <= (heldout.predictions_changed or 0) <= 2 * heldout.class_changes
     with torch.no_grad():
         expected = torch.cat(list(model(data()).values())[:2] if as_dict else list(model(data())), 1).norm()
     assert result.certificate.network.reference_norm == pytest.approx(float(expected), rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -216,6 +217,10 @@ NETWORK: list[tuple[str, Any]] = [
     ("bound_link_normalised", lambda v: 1e-3),
     ("output_layer", lambda v: "0"),
     ("scheme", lambda v: "parallel"),
+    ("classes", lambda v: "dimension 0"),
+    ("integer_changes", lambda v: 0),
+    ("changed", lambda v: ["mask"]),
+    ("not_compared", lambda v: ["cache (Cache)"]),
 ]
 
 
@@ -235,11 +240,52 @@ def test_heldout_numbers_are_checked_without_the_data(copied: Callable[[str], Pa
     refused(folder, "held-out: ")
 
 
-@pytest.mark.parametrize(("field", "value"), [("overlap", 3), ("accuracy_after", 0.99), ("accuracy_before", 0.01), ("data_hash", "0")])
-def test_heldout_numbers_are_checked_with_the_data(copied: Callable[[str], Path], field: str, value: Any) -> None:
+HELDOUT_FIELDS: dict[str, Any] = {
+    "samples": 41,
+    "data_hash": "0",
+    "confidence": 0.9,
+    "class_changes": 0,
+    "class_change_bound": 0.001,
+    "level": 0.2,
+    "exceed": 1,
+    "exceed_bound": 0.001,
+    "accuracy_before": 0.975,
+    "accuracy_after": 0.975,
+    "overlap": 3,
+    "unit": "row",
+    "units": 39,
+    "reason": "because",
+    "note": "checked twice",
+    "classes": "dimension 0 of the output",
+    "classes_reason": "none",
+    "predictions": 41,
+    "predictions_changed": 0,
+    "integer_changes": 0,
+    "labelled": 20,
+    "accuracy_reason": "none",
+    "left_out": ["loss (one number for a whole batch)"],
+}
+
+
+@pytest.mark.parametrize("field", HELDOUT_FIELDS)
+def test_every_heldout_field_is_checked_with_the_data(copied: Callable[[str], Path], field: str) -> None:
+    folder = copied("cascade")
+    edit(folder / "certificate.json", lambda c: c["heldout"].update({field: HELDOUT_FIELDS[field]}))
+    refused(folder, "held-out: ", heldout=HELDOUT)
+
+
+def test_the_list_of_heldout_fields_is_complete() -> None:
+    assert list(HELDOUT_FIELDS) == [field.name for field in dataclasses.fields(nettrim.certificate.HeldOutCertificate)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("level", -1.0), ("accuracy_after", 1.5), ("accuracy_before", -0.5), ("confidence", 1.5), ("overlap", 99)]
+)
+def test_what_cannot_be_is_refused_without_the_data(copied: Callable[[str], Path], field: str, value: float) -> None:
     folder = copied("cascade")
     edit(folder / "certificate.json", lambda c: c["heldout"].update({field: value}))
-    refused(folder, "held-out: ", heldout=HELDOUT)
+    refused(folder, f"held-out: {field}")
+    refused(folder, f"held-out: {field}", heldout=HELDOUT)
 
 
 @pytest.mark.parametrize(

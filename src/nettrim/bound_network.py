@@ -31,6 +31,7 @@ from .bounds.tails import check_delta, check_positive, check_share
 from .calibration import Batches, Calibration
 from .capture import Replica, device_of, random_state_kept, read_graph, reference_replica, replicate, scan
 from .methods.targets import PerLayer, check_target, target_for
+from .outputs import outputs_of, square
 from .progress import Advance, counted, shown
 from .selection import resolve, select
 from .status import InvalidInput
@@ -379,8 +380,7 @@ def _grams(reference: Replica, units: Mapping[str, Unit], batches: Calibration, 
 
     for batch in counted(batches, batches.count, advance, "reading the inputs of the layers"):
         output = reference.stream(batch, list(units), receive)
-        tensors = list(data_.output_tensors(output).values())
-        squares += sum(float(value.double().square().sum()) for value in tensors)
+        squares += sum(square(value) for value in outputs_of(output).scores.values())
     return sums, math.sqrt(squares)
 
 

@@ -106,8 +106,9 @@ def labels(batch: Any) -> Tensor | None:
 
 
 def samples(batch: Any) -> int:
-    """Number of samples in a batch."""
-    return len(_tensors(batch)[0])
+    """Number of samples in a batch: the first dimension of its inputs. One of length 1 beside longer ones is the same for all samples."""
+    lengths = [len(tensor) for tensor in _tensors(batch)]
+    return next((length for length in lengths if length > 1), lengths[0])
 
 
 def sample_shape(batch: Any) -> tuple[int, ...]:
@@ -137,35 +138,12 @@ def check_batch(batch: Any, number: int, what: str) -> None:
             raise InvalidInput(f"{what}: batch {number} holds NaN or inf; remove or repair those samples")
 
 
-def output_tensors(output: Any) -> dict[Any, Tensor]:
-    """The floating-point tensors of a model's output, by position or key.
-
-    Raises:
-        InvalidInput: the output is not a tensor, nor a tuple or mapping that holds a floating-point tensor.
-    """
-    if isinstance(output, Tensor):
-        items: dict[Any, Any] = {0: output}
-    elif isinstance(output, Mapping):
-        items = dict(output)
-    elif isinstance(output, (tuple, list)):
-        items = dict(enumerate(output))
-    else:
-        raise InvalidInput(
-            f"the model's output must be a tensor, or a tuple or mapping of tensors, found {type(output).__name__}; "
-            "wrap the model in a module that returns its tensors"
-        )
-    kept = {key: value for key, value in items.items() if isinstance(value, Tensor) and value.is_floating_point()}
-    if not kept:
-        raise InvalidInput("the model's output holds no floating-point tensor to compare; let the model return its scores")
-    return kept
-
-
 def sample_digests(batches: Calibration) -> list[bytes]:
     """An 8-byte digest of every sample's inputs, whatever the batches they come in."""
     digests = []
     for batch in batches:
         tensors = _tensors(batch)
-        count = len(tensors[0])
+        count = samples(batch)
         rows = [_bytes(tensor).reshape(count, -1) for tensor in tensors if len(tensor) == count]
         for i in range(count):
             digest = hashlib.blake2b(digest_size=8)

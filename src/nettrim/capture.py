@@ -18,6 +18,7 @@ from . import calibration as data
 from .calibration import Calibration
 from .graph import Graph, read
 from .layers import LayerView
+from .outputs import disagreement, outputs_of
 from .preimage import Activation
 from .status import InvalidInput
 from .tasks import LayerTask, TaskBuilder
@@ -219,30 +220,20 @@ def reference_replica(model: nn.Module, device: torch.device, first_batch: Any) 
         output = native.run(first_batch)
     except Exception as error:
         raise InvalidInput(f"the model cannot run on the first batch of the calibration data: {_first_line(error)}") from error
-    data.output_tensors(output)
+    outputs_of(output)
     wide, notice = replicate(model, device, torch.float64), ""
     try:
         output = wide.run(first_batch)
     except Exception as error:
         wide = native
         notice = f"the model does not run in float64 ({_first_line(error)}): calibration passes ran in its own dtype"
-    if not _same_output(output, wide.run(first_batch), wide.precision):
+    other = disagreement(output, wide.run(first_batch), wide.precision)
+    if other:
         raise InvalidInput(
-            "the model gives two different outputs for one batch in eval mode; what is guaranteed needs a model without randomness "
-            "or memory: take out sampling, dropout with training=True and counters"
+            f"the model gives two different outputs for one batch in eval mode ({other}); what is guaranteed needs a model without "
+            "randomness or memory: take out sampling, dropout with training=True, counters and clocks"
         )
     return wide, notice
-
-
-def _same_output(before: Any, after: Any, precision: float) -> bool:
-    """Whether two outputs agree up to rounding; NaN and inf, refused elsewhere, agree with themselves."""
-    first, second = data.output_tensors(before), data.output_tensors(after)
-    return first.keys() == second.keys() and all(
-        Y.shape == second[key].shape
-        and torch.allclose(second[key], Y, rtol=0.0, atol=1e4 * precision * float(Y.abs().nan_to_num(0, 0).max()), equal_nan=True)
-        for key, Y in first.items()
-        if Y.numel()
-    )
 
 
 def read_graph(reference: Replica, names: Sequence[str], stated: Mapping[str, Activation], batch: Any) -> Graph:
@@ -252,7 +243,7 @@ def read_graph(reference: Replica, names: Sequence[str], stated: Mapping[str, Ac
 
     def agrees(module: nn.Module) -> bool:
         traced = Replica(module, reference.device, reference.dtype)
-        return _same_output(reference.run(batch), traced.run(batch), reference.precision)
+        return not disagreement(reference.run(batch), traced.run(batch), reference.precision)
 
     graph = read(reference.model, names, stated, given=given, agrees=agrees)
     misfits = _misfits(replace(reference, graph=graph), batch)
@@ -318,9 +309,12 @@ def scan(reference: Replica, names: Sequence[str], batches: Calibration) -> Scan
             raise InvalidInput(f"{batches.what}: the model cannot run on batch {number}: {_first_line(error)}") from error
         for name in dict.fromkeys(order):
             result.calls[name] = max(result.calls.get(name, 0), counts[name])
-        for value in data.output_tensors(output).values():
+        for path, value in outputs_of(output).scores.items():
             if not bool(torch.isfinite(value).all()):
-                raise InvalidInput(f"{batches.what}: the network puts out NaN or inf on batch {number}; check its weights and the data")
+                where = f" in {path!r}" if path else ""
+                raise InvalidInput(
+                    f"{batches.what}: the network puts out NaN or inf on batch {number}{where}; check its weights and the data"
+                )
         if number == 1:
             result.sample_shape = data.sample_shape(batch)
         result.order += [name for name in dict.fromkeys(order) if name not in result.order]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
@@ -110,7 +110,13 @@ class LayerCertificate:
 
 @dataclass(frozen=True)
 class NetworkCertificate:
-    """The network's output on the calibration rows: proven bounds beside what was achieved."""
+    """The network's output on the calibration rows: proven bounds beside what was achieved.
+
+    Norms run over all floating-point tensors of the output. ``agreement`` is the share of the ``rows`` whose predicted class stayed, the
+    largest entry along what ``classes`` names (``None`` and empty without classes; rows are then those of all outputs). ``integer_changes``
+    counts entries of integer and boolean outputs that differ (``None`` without such outputs); ``changed`` names those outputs, and plain
+    values that differ. ``not_compared`` names objects in the output that nothing here speaks of, with their class.
+    """
 
     scheme: str
     output_layer: str
@@ -123,6 +129,10 @@ class NetworkCertificate:
     achieved: float
     agreement: float | None
     sound: bool
+    classes: str = ""
+    integer_changes: int | None = None
+    changed: tuple[str, ...] = ()
+    not_compared: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -138,9 +148,17 @@ class NetworkCertificate:
 class HeldOutCertificate:
     """Exact binomial (Clopper-Pearson) upper bounds at ``confidence``, from samples not used for pruning.
 
-    They hold for inputs drawn like the held-out samples: ``class_change_bound`` is an upper bound on the probability that
-    the predicted class changes, ``exceed_bound`` on the probability that the relative discrepancy of the output exceeds ``level``.
-    ``overlap`` counts held-out samples that are calibration samples as well; they must be chance repetitions for the bounds to hold.
+    They hold for inputs drawn like the held-out samples. ``class_change_bound`` is an upper bound on the probability that a prediction of
+    a sample changes (any of its predicted classes, or any entry of an integer output), ``exceed_bound`` on the probability that the
+    relative discrepancy of a sample, over all its outputs, exceeds ``level``. ``overlap`` counts held-out samples that are calibration
+    samples as well; they must be chance repetitions for the bounds to hold.
+
+    ``unit`` is what ``class_changes``, ``integer_changes`` and ``exceed`` count: ``"sample"``, or ``"row"`` or ``"batch"`` (``units`` of
+    them) where outputs do not belong to samples one by one: then there is no bound, and ``reason`` says why. ``classes`` names the outputs
+    and dimensions that hold classes (``classes_reason``: why there are none); ``predictions`` and ``predictions_changed`` count predicted
+    classes one by one, of which a sample may have many. ``accuracy_before`` and ``accuracy_after`` are shares of the ``labelled``
+    entries (``accuracy_reason``: why they are not stated). ``left_out`` names outputs that belong to no sample; ``note`` says what else
+    limits what was checked.
     """
 
     samples: int
@@ -150,10 +168,50 @@ class HeldOutCertificate:
     class_change_bound: float | None
     level: float
     exceed: int
-    exceed_bound: float
+    exceed_bound: float | None
     accuracy_before: float | None
     accuracy_after: float | None
     overlap: int = 0
+    unit: str = "sample"
+    units: int = 0
+    reason: str = ""
+    note: str = ""
+    classes: str = ""
+    classes_reason: str = ""
+    predictions: int | None = None
+    predictions_changed: int | None = None
+    integer_changes: int | None = None
+    labelled: int | None = None
+    accuracy_reason: str = ""
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def counted(self) -> int:
+        """How many units the counts are out of."""
+        return self.samples if self.unit == "sample" else self.units
+
+    @property
+    def units_words(self) -> str:
+        """What the counts are out of: ``60 held-out samples``."""
+        one, more = {
+            "row": ("row of the outputs on held-out data", "rows of the outputs on held-out data"),
+            "batch": ("held-out batch", "held-out batches"),
+        }.get(self.unit, ("held-out sample", "held-out samples"))
+        return f"{self.counted:,} {one if self.counted == 1 else more}"
+
+    @property
+    def predicted_words(self) -> str:
+        """``predicted class``, or ``predictions`` where a unit has several."""
+        one = self.predictions is None or self.predictions == self.counted
+        return "predicted class" if one and self.integer_changes is None else "predictions"
+
+    @property
+    def labelled_words(self) -> str:
+        """What accuracy was counted on: samples, or the labelled entries of them."""
+        samples = f"{self.samples:,} held-out sample{'' if self.samples == 1 else 's'}"
+        if self.labelled is None or self.labelled == self.samples:
+            return samples
+        return f"{self.labelled:,} labelled entr{'y' if self.labelled == 1 else 'ies'} of {samples}"
 
 
 @dataclass(frozen=True)
@@ -216,6 +274,9 @@ class Certificate:
         data = asdict(self)
         del data["not_checked"]
         data["layers"] = [values | {"holds": layer.holds} for values, layer in zip(data["layers"], self.layers, strict=True)]
+        for part, keys in (("network", ("changed", "not_compared")), ("heldout", ("left_out",))):
+            for key in keys if data[part] is not None else ():
+                data[part][key] = list(data[part][key])
         return data | {"verdict": self.verdict.value, "sound": self.sound, "met": self.met, "holds": self.holds}
 
     def __str__(self) -> str:
@@ -246,8 +307,8 @@ class Certificate:
             data,
             versions=dict(data.get("versions", {})),
             layers=tuple(build(LayerCertificate, layer) for layer in items(data, "layers")),
-            network=build(NetworkCertificate, data.get("network")),
-            heldout=None if heldout is None else build(HeldOutCertificate, heldout),
+            network=build(NetworkCertificate, data.get("network"), **_names(data.get("network"), "changed", "not_compared")),
+            heldout=None if heldout is None else build(HeldOutCertificate, heldout, **_names(heldout, "left_out")),
         )
 
 
@@ -262,6 +323,15 @@ def _exceeded(discrepancy: float, bound: float | None, sound: bool) -> list[str]
     if bound is None or discrepancy <= bound:
         return ["a stated number could not be confirmed"]
     return [f"its discrepancy {discrepancy:.7g} is above its stated bound {bound:.7g}: one of them is wrong"]
+
+
+def _names(data: Any, *keys: str) -> dict[str, tuple[str, ...]]:
+    """The lists of strings at ``keys`` that are there, as tuples."""
+    found = {key: tuple(items(data, key)) for key in keys if isinstance(data, Mapping) and key in data}
+    for key, names in found.items():
+        if not all(isinstance(name, str) for name in names):
+            raise InvalidInput(f"{key} must be a list of strings; the file is damaged")
+    return found
 
 
 class LayerTally:

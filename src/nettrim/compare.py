@@ -24,17 +24,20 @@ from .capture import Replica, device_of, hashes, random_state_kept, replicate
 from .checkpoint import check_writable
 from .corrections import Parts, corrections_of
 from .experiments.journal import Journal
+from .heldout import Reading, check_heldout, read_outputs
 from .layers import view
 from .methods import LOBS, OBS, LinearADMM, Magnitude, Method, NetTrim, Random, SparseGPT, Wanda
 from .methods.targets import check_room
+from .outputs import outputs_of, squares
 from .patterns import parse
+from .predictions import right, stayed
 from .preimage import Activation
 from .progress import Advance, shown, within
 from .pruning import MAX_SAMPLES, prune
 from .records import build
 from .selection import select
 from .status import InvalidInput
-from .verification import check_heldout, versions
+from .verification import versions
 
 ALL = "all"
 JOURNAL = "compare.jsonl"
@@ -57,7 +60,8 @@ class ComparedRun:
 
     ``discrepancy`` is ``||X_hat - X||_F / ||X||_F`` of the network's outputs on the data that were measured on, ``calibration_discrepancy``
     the same on the calibration data, in float64, and ``bound`` its proven upper bound (``None`` where there is none). ``agreement`` is the
-    share of samples whose predicted class stayed, ``accuracy`` that of right classes (``None`` without classes, or without labels).
+    share of predicted classes that stayed, ``accuracy`` that of labelled entries predicted right (``None`` without classes, or without
+    labels that fit).
     ``seconds`` is the time of ``prune``, its certificate included.
     """
 
@@ -231,7 +235,8 @@ def compare(
     with random_state_kept(place), shown(progress) as advance:
         reference = replicate(model, place, None)
         try:
-            dense = _measure(reference, reference, measured)
+            reading = read_outputs((reference,), measured)
+            dense = _measure(reference, reference, measured, reading)
             if unseen is not None:
                 check_heldout(reference, unseen, batches)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -276,7 +281,7 @@ def compare(
                 progress=within(advance, done, len(wanted), run.words),
             )
             seconds = time.perf_counter() - start
-            found = _measure(reference, replicate(result.model, place, None), measured)
+            found = _measure(reference, replicate(result.model, place, None), measured, reading)
             network = result.certificate.network
             return ComparedRun(
                 method=run.name,
@@ -355,26 +360,23 @@ class _Measured:
     discrepancy: float
 
 
-def _measure(reference: Replica, pruned: Replica, batches: Calibration) -> _Measured:
+def _measure(reference: Replica, pruned: Replica, batches: Calibration, reading: Reading) -> _Measured:
     """Accuracy, agreement and relative discrepancy of a network's outputs; scores that are not finite are never right."""
-    samples = same = right = labelled = 0
+    samples = predictions = same = correct = labelled = 0
     moved = size = 0.0
-    classes = True
     for batch in batches:
-        before, after = (data.output_tensors(network.run(batch)) for network in (reference, pruned))
-        for key, Y in before.items():
-            moved += float((after[key].double() - Y.double()).square().sum())
-            size += float(Y.double().square().sum())
+        before, after = (outputs_of(network.run(batch)) for network in (reference, pruned))
+        of_batch = squares(before, after)
+        moved, size = moved + of_batch[0], size + of_batch[1]
         samples += data.samples(batch)
-        Y, X = next(iter(before.values())), next(iter(after.values()))
-        classes = classes and len(before) == 1 and Y.ndim == 2 and Y.shape[1] > 1
-        if classes:
-            finite = torch.isfinite(X).all(1)
-            same += int(((Y.argmax(1) == X.argmax(1)) & finite).sum())
-            truth = data.labels(batch)
-            if truth is not None and truth.shape == finite.shape:
-                labelled += len(truth)
-                right += int(((X.argmax(1) == truth.to(X.device)) & finite).sum())
+        for classes in reading.classes:
+            kept = stayed(before.tensors[classes.path], after.tensors[classes.path], classes)
+            predictions, same = predictions + kept.numel(), same + int(kept.sum())
+        truth, labels = reading.truth, data.labels(batch)
+        if truth is not None and labels is not None:
+            found = right(after.tensors[truth.path], truth, labels, data.samples(batch), reading.layouts.get(truth.path))
+            assert found is not None  # read on the same batches
+            correct, labelled = correct + found[0], labelled + found[1]
     if not math.isfinite(size) or size == 0:
         raise InvalidInput(
             f"{batches.what}: the reference network's outputs are {'all zero' if size == 0 else 'not finite'}; check its weights"
@@ -383,8 +385,8 @@ def _measure(reference: Replica, pruned: Replica, batches: Calibration) -> _Meas
         raise InvalidInput(f"{batches.what}: the pruned network puts out NaN or inf; leave that method out, or use float32")
     return _Measured(
         samples,
-        right / samples if classes and labelled == samples else None,
-        same / samples if classes else None,
+        correct / labelled if labelled else None,
+        same / predictions if predictions else None,
         _share(math.sqrt(moved), math.sqrt(size)),
     )
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .attention import closed, opened
-from .calibration import Batches, Calibration, output_tensors
+from .calibration import Batches, Calibration
 from .capture import Replica, device_of, random_state_kept, read_graph, replicate
 from .finetune import keep_zeros
 from .layers import is_prunable
+from .outputs import outputs_of, real, square, squares
 from .progress import Advance, shown
 from .stacked import Group, differentiable, outputs, split, stacked
 from .status import InvalidInput
@@ -142,7 +143,7 @@ def _compare_forms(student: Replica, teacher: Replica, first: Any) -> None:
     found = []
     for name, model in (("pruned", student), ("reference", teacher)):
         try:
-            found.append({key: tuple(value.shape) for key, value in output_tensors(model.run(first)).items()})
+            found.append({key: tuple(value.shape) for key, value in outputs_of(model.run(first)).scores.items()})
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, InvalidInput):
                 raise
@@ -162,10 +163,10 @@ class _Loss:
 
     def __call__(self, group: Group) -> Tensor:
         """Mean over the samples; differentiable."""
-        wanted = outputs(self.teacher, group)
-        given = differentiable(self.student, group)
+        wanted = outputs(self.teacher, group).scores
+        given = differentiable(self.student, group).scores
         if self.kind == "mse":
-            return torch.stack([(given[key] - Y).square().sum() for key, Y in wanted.items()]).sum() / (len(group) * self.scale)
+            return torch.stack([real(given[key] - Y).square().sum() for key, Y in wanted.items()]).sum() / (len(group) * self.scale)
         if len(wanted) != 1 or next(iter(wanted.values())).shape[-1] < 2:
             shapes = [tuple(Y.shape) for Y in wanted.values()]
             raise InvalidInput(f"distill: loss='kl' needs one output with classes in its last dimension, found shapes {shapes}; use 'mse'")
@@ -341,10 +342,10 @@ def _mean_square(teacher: Replica, groups: Sequence[Group]) -> float:
     total = 0.0
     for group in groups:
         for part in group.parts(256):
-            for value in outputs(teacher, part).values():
+            for value in outputs(teacher, part).scores.values():
                 if not bool(torch.isfinite(value).all()):
                     raise InvalidInput("distill: the reference network puts out NaN or inf; check its weights and the data")
-                total += float(value.double().square().sum())
+                total += square(value)
     if total == 0:
         raise InvalidInput("distill: the reference network's outputs are all zero; check its weights and the data")
     return total / sum(map(len, groups))
@@ -355,10 +356,8 @@ def _discrepancy(student: Replica, teacher: Replica, groups: Sequence[Group]) ->
     moved = size = 0.0
     for group in groups:
         for part in group.parts(256):
-            given = outputs(student, part)
-            for key, Y in outputs(teacher, part).items():
-                moved += float((given[key].double() - Y.double()).square().sum())
-                size += float(Y.double().square().sum())
+            of_part = squares(outputs(teacher, part), outputs(student, part))
+            moved, size = moved + of_part[0], size + of_part[1]
     return math.sqrt(moved / size) if size else math.inf
 
 

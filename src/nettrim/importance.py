@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import calibration as data
 from .calibration import Calibration
 from .capture import Replica
+from .outputs import outputs_of, real
 
 SAMPLES = 2048  # looked at, in whole batches: the mean over them is what counts, and it is known well by then
 PROBES = 2  # random directions for each batch
@@ -82,8 +83,8 @@ def _gradients(network: Replica, names: Sequence[str], batch: Any, signs: _Signs
 
             handles.append(modules[name].register_forward_hook(hook))
         with torch.enable_grad():
-            outputs = data.output_tensors(data.forward(network.model, batch, network.device, network.dtype))
-            reached = [Y for Y in outputs.values() if Y.requires_grad]
+            outputs = outputs_of(data.forward(network.model, batch, network.device, network.dtype))
+            reached = [real(Y) for Y in outputs.scores.values() if Y.requires_grad]
             if not reached or not calls:
                 return []
             found: list[tuple[str, Tensor]] = []

@@ -41,6 +41,7 @@ from .graph import Graph, read
 from .layers import view
 from .nodes import activation_of, adds_number, norm_of
 from .nodes import label as label_of
+from .outputs import disagreement
 from .preimage import Activation
 from .selection import select
 from .status import InvalidInput
@@ -188,12 +189,8 @@ def _read(reference: Replica, names: Sequence[str], batch: object) -> tuple[Grap
 
     def agrees(module: nn.Module) -> bool:
         steps.extend(cast(fx.GraphModule, module).graph.nodes)
-        expected = data.output_tensors(reference.run(batch))
-        found = data.output_tensors(Replica(module, reference.device, reference.dtype).run(batch))
-        return expected.keys() == found.keys() and all(
-            found[key].shape == Y.shape and bool(torch.allclose(found[key], Y, rtol=0.0, atol=1e-12 * float(Y.abs().max())))
-            for key, Y in expected.items()
-        )
+        traced = Replica(module, reference.device, reference.dtype)
+        return not disagreement(reference.run(batch), traced.run(batch), reference.precision)
 
     graph = read(reference.model, names, given=list(inputs) if isinstance(inputs, Mapping) else None, agrees=agrees)
     return graph, steps

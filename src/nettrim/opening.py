@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import calibration as data
 from .attention import opened
 from .capture import Replica, replicate
+from .outputs import Outputs, disagreement, outputs_of
 
 HIDDEN = "nn.TransformerEncoderLayer is not looked into: taken apart, it computes something else on the first batch"
 OTHER = (
@@ -29,28 +29,15 @@ def how_opened(given: nn.Module, place: torch.device, batch: Any) -> tuple[bool,
     return (False, HIDDEN) if _agree(expected, opened(given, encoders=False), place, batch) else (True, OTHER)
 
 
-def _outputs(replica: Replica, batch: Any) -> dict[str, torch.Tensor] | None:
+def _outputs(replica: Replica, batch: Any) -> Outputs | None:
     try:
-        return dict(data.output_tensors(replica.run(batch)))
+        return outputs_of(replica.run(batch))
     except Exception:  # a user's forward may raise anything
         return None
 
 
-def _agree(expected: dict[str, torch.Tensor], model: nn.Module, place: torch.device, batch: Any) -> bool:
+def _agree(expected: Outputs, model: nn.Module, place: torch.device, batch: Any) -> bool:
     """Whether ``model`` gives the outputs expected, up to what the order of sums changes."""
     replica = replicate(model, place, None)
     found = _outputs(replica, batch)
-    return (
-        found is not None
-        and found.keys() == expected.keys()
-        and all(
-            Y.shape == found[key].shape
-            and bool(
-                torch.allclose(
-                    found[key], Y, rtol=0.0, atol=1e4 * replica.precision * float(Y.abs().nan_to_num(0, 0).max()), equal_nan=True
-                )
-            )
-            for key, Y in expected.items()
-            if Y.numel()
-        )
-    )
+    return found is not None and not disagreement(expected, found, replica.precision)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from .calibration import output_tensors
+from .outputs import largest_difference, outputs_of
 from .quiet import quiet
 from .status import InvalidInput
 
@@ -242,13 +242,12 @@ def _check(model: nn.Module, program: ExportedProgram, origin: str) -> None:
         if not isinstance(given, Tensor):
             raise InvalidInput(f"model {origin}: one input is a {type(given).__name__}; export the model with plain tensors as inputs")
     with torch.no_grad():
-        wanted = output_tensors(program.module()(*args, **kwargs))
-        found = output_tensors(model(*args, **kwargs))
-    for key, value in wanted.items():
-        if value.numel() and not float((found[key] - value).abs().max()) <= AGREES * max(float(value.abs().max()), 1e-30):
-            raise InvalidInput(
-                f"model {origin}: taken apart into layers, the program computes something else; give the model as package.module:factory"
-            )
+        wanted = outputs_of(program.module()(*args, **kwargs))
+        found = outputs_of(model(*args, **kwargs))
+    if not largest_difference(wanted, found) <= AGREES:
+        raise InvalidInput(
+            f"model {origin}: taken apart into layers, the program computes something else; give the model as package.module:factory"
+        )
 
 
 def _first(error: BaseException) -> str:

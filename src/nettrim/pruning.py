@@ -26,6 +26,7 @@ from .capture import (
 )
 from .certificate import Certificate
 from .corrections import Parts, corrected_graph, corrections_of
+from .heldout import certify_heldout, check_heldout
 from .layers import view
 from .methods import Method
 from .methods.targets import check_room
@@ -37,7 +38,6 @@ from .run import Run
 from .selection import resolve, select
 from .status import InvalidInput, NothingToPrune
 from .summary import result_text
-from .verification import certify_heldout, check_heldout
 from .whole import reasons_of, whole_model
 
 MAX_SAMPLES = 20_000
@@ -191,6 +191,7 @@ def prune(
         if unseen is not None:
             told = within(advance, run.solving + 1, run.pieces)
             certificate = replace(certificate, heldout=certify_heldout(reference, run.pruned, unseen, batches, advance=told))
+    notes += [f"not compared: {part}" for part in certificate.network.not_compared]
     whole = whole_model(run.result, wanted, reasons_of(run.result, chosen, names))
     report = PruneReport(
         method=method.describe(),

@@ -13,6 +13,7 @@ from .calibration import Batches, Calibration
 from .capture import device_of, hashes, random_state_kept, read_graph, reference_replica, replicate, scan
 from .certificate import Certificate
 from .corrections import corrected_graph
+from .heldout import certify_heldout, check_heldout
 from .layers import LayerView, add_bias, view
 from .opening import how_opened
 from .progress import Advance, shown, within
@@ -20,7 +21,7 @@ from .pruning import PruneResult
 from .report import LayerReport
 from .selection import select
 from .status import InvalidInput
-from .verification import Claim, Setup, certify, certify_heldout, check_heldout
+from .verification import Claim, Setup, certify
 from .verify import changed_elsewhere, stated_corrections
 
 WORD = "fine-tuned"

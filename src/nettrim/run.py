@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import schemes
 from .allocation import CURVE_ROWS, Curve, by_magnitude, check_budget, error_curve, is_ranked, shared
 from .attention import in_attention
-from .calibration import Calibration, output_tensors
+from .calibration import Calibration
 from .capture import Replica, Scan, hashes, layer_task, replicate
 from .certificate import Certificate
 from .graph import Graph
@@ -24,6 +24,7 @@ from .layers import LayerView, can_take_bias, view
 from .layers import add_bias as give_bias
 from .methods import Method
 from .methods.targets import kept_weights
+from .outputs import outputs_of, squares
 from .program import LayerProgram
 from .progress import Advance, within
 from .report import LayerReport
@@ -160,9 +161,8 @@ class Run:
         """Of the pruned network's outputs from the reference's on the calibration data, relative to their norm."""
         moved = size = 0.0
         for batch in self.batches:
-            wanted, found = (output_tensors(network.run(batch)) for network in (self.reference, self.pruned))
-            moved += sum(float((found[key].double() - Y.double()).square().sum()) for key, Y in wanted.items())
-            size += sum(float(Y.double().square().sum()) for Y in wanted.values())
+            of_batch = squares(*(outputs_of(network.run(batch)) for network in (self.reference, self.pruned)))
+            moved, size = moved + of_batch[0], size + of_batch[1]
         return math.sqrt(moved / size if size else moved)
 
     def _layer(self, name: str) -> LayerView:

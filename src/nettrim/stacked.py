@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calibration import Calibration, forward, inputs_of, output_tensors
+from .assignment import layouts_of
+from .calibration import Calibration, forward, inputs_of
 from .capture import Replica
+from .outputs import Outputs, outputs_of
 from .status import InvalidInput
 
 
@@ -91,30 +93,22 @@ def _joined(groups: Sequence[Group]) -> Group:
 
 
 def _cuts(group: Group, teacher: Replica) -> bool:
-    """Whether the network's outputs for the first samples are the same when it sees those alone."""
-    count = len(group)
-    few = (count + 1) // 2
-    whole, part = outputs(teacher, group), outputs(teacher, group.take(slice(few)))
-    return all(
-        len(Y.shape) > 0
-        and len(Y) == count
-        and part[key].shape == Y[:few].shape
-        and torch.allclose(
-            part[key], Y[:few], rtol=0.0, atol=1e4 * teacher.precision * float(Y.abs().nan_to_num(0, 0).max()), equal_nan=True
-        )
-        for key, Y in whole.items()
-    )
+    """Whether the network's outputs belong to the samples one by one."""
+    if len(group) < 2:
+        return False
+    found = layouts_of(teacher, group.batch())
+    return all(found[path] for path in outputs(teacher, group).scores)
 
 
-def outputs(model: Replica, group: Group) -> dict[Any, Tensor]:
-    """The model's floating-point outputs, without gradients."""
+def outputs(model: Replica, group: Group) -> Outputs:
+    """The model's outputs, without gradients."""
     with torch.no_grad():
         return differentiable(model, group)
 
 
-def differentiable(model: Replica, group: Group) -> dict[Any, Tensor]:
+def differentiable(model: Replica, group: Group) -> Outputs:
     """The same with gradients."""
-    return output_tensors(forward(model.model, group.batch(), model.device, model.dtype))
+    return outputs_of(forward(model.model, group.batch(), model.device, model.dtype))
 
 
 def split(groups: Sequence[Group], share: float, generator: torch.Generator) -> tuple[list[Group], list[Group]]:

@@ -30,11 +30,12 @@ def _outputs(certificate: Certificate) -> str:
     heldout, network = certificate.heldout, certificate.network
     found = []
     if heldout is not None and heldout.accuracy_before is not None and heldout.accuracy_after is not None:
-        found.append(f"accuracy {heldout.accuracy_before:.2%} -> {heldout.accuracy_after:.2%} on {heldout.samples:,} held-out samples")
+        found.append(f"accuracy {heldout.accuracy_before:.2%} -> {heldout.accuracy_after:.2%} on {heldout.labelled_words}")
     if heldout is not None and heldout.class_changes is not None:
-        found.append(f"same class for {1 - heldout.class_changes / heldout.samples:.2%} of {heldout.samples:,} held-out samples")
+        same = 1 - heldout.class_changes / heldout.counted
+        found.append(f"same {heldout.predicted_words} for {same:.2%} of {heldout.units_words}")
     elif network.agreement is not None:
-        found.append(f"same class for {network.agreement:.2%} of {network.rows:,} calibration rows")
+        found.append(f"same predicted class for {network.agreement:.2%} of {network.rows:,} calibration rows")
     if network.reference_norm > 0:
         found.append(f"moved by {network.achieved / network.reference_norm:.2%} of their norm on the calibration data")
     else:

@@ -10,13 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from .calibration import Calibration, forward, inputs_of, labels, output_tensors
+from .calibration import Calibration, forward, inputs_of, labels
 from .capture import Replica, device_of, random_state_kept, replicate
 from .deploy import constants
 from .deploy.channels import Flow
 from .deploy.compact import channel_flow, check, compact
 from .deploy.follow import LAYERS, arguments
 from .deploy.removal import library
+from .outputs import outputs_of
 from .progress import Advance, shown
 from .retraining import check_labelled, check_trainable, retrain
 from .status import InvalidInput
@@ -339,7 +340,7 @@ def _accuracy(model: nn.Module, batches: Calibration, device: torch.device) -> f
         wanted = labels(batch)
         assert wanted is not None
         with torch.no_grad():
-            found = output_tensors(forward(model, batch, device, None))
+            found = outputs_of(forward(model, batch, device, None)).scores
         scores = next(iter(found.values()))
         if len(found) != 1 or scores.ndim != 2 or len(scores) != len(wanted):
             raise InvalidInput("trim: accuracy needs one output (samples, classes); give score=, a function of the model")

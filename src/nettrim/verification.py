@@ -23,23 +23,22 @@ from .capture import Replica, Scan, Selection, paired, selection_for
 from .certificate import (
     ROUNDING,
     Certificate,
-    HeldOutCertificate,
     LayerCertificate,
     LayerTally,
     NetworkCertificate,
-    clopper_pearson_upper,
     entry_norm,
     spectral_norm,
     within,
 )
 from .graph import Chain, Graph
+from .heldout import certify_heldout, check_heldout
+from .outputs import changed_integers, changed_plain, outputs_of, squares
+from .predictions import classes_of, rows_of, stayed
 from .preimage import Activation
 from .progress import Advance, counted, silent
-from .status import InvalidInput
 from .units import Call, Unit
 
-CONFIDENCE = 0.95
-LEVEL = 0.1  # relative discrepancy whose probability of being exceeded is bounded
+__all__ = ["Claim", "Setup", "certify", "certify_heldout", "check_heldout", "rounding_of", "versions"]
 
 
 @dataclass(frozen=True)
@@ -286,34 +285,30 @@ class _OutputTally:
     """Discrepancy and agreement of the two networks' outputs."""
 
     def __init__(self) -> None:
-        self.rows = self.same = 0
+        self.rows = self.predictions = self.same = self.integer_changes = 0
         self.reference = self.moved = 0.0
-        self.classes = True
+        self.integers = False
+        self.classes: dict[str, None] = {}
+        self.changed: dict[str, None] = {}
+        self.not_compared: dict[str, None] = {}
 
     def add(self, before: Any, after: Any) -> None:
-        pairs = _output_pairs(before, after)
-        for Y, X in pairs:
-            self.reference += float(Y.double().square().sum())
-            self.moved += float((X.double() - Y.double()).square().sum())
-        self.rows += len(pairs[0][0])
-        same = _same_class(*pairs[0]) if len(pairs) == 1 else None
-        self.classes = self.classes and same is not None
-        self.same += 0 if same is None else int(same.sum())
-
-
-def _output_pairs(before: Any, after: Any) -> list[tuple[Tensor, Tensor]]:
-    """The floating-point tensors of two outputs, pairwise, with a sample dimension in front."""
-    first, second = data.output_tensors(before), data.output_tensors(after)
-    if first.keys() != second.keys() or any(Y.shape != second[key].shape for key, Y in first.items()):
-        raise InvalidInput("the pruned network's output has another form than the reference network's, so they cannot be compared")
-    return [(Y.reshape(1) if Y.ndim == 0 else Y, second[key].reshape(Y.shape or (1,))) for key, Y in first.items()]
-
-
-def _same_class(before: Tensor, after: Tensor) -> Tensor | None:
-    """Whether the predicted class (largest entry of the last dimension) stayed, sample by sample; ``None`` when there are no classes."""
-    if before.ndim != 2 or before.shape[1] < 2:
-        return None
-    return (before.argmax(1) == after.argmax(1)) & torch.isfinite(after).all(1)
+        """Adds the outputs on one batch."""
+        first, second = outputs_of(before), outputs_of(after)
+        moved, reference = squares(first, second)
+        self.moved += moved
+        self.reference += reference
+        self.rows += sum(rows_of(Y) for Y in first.scores.values())
+        for classes in classes_of(first):
+            kept = stayed(first.tensors[classes.path], second.tensors[classes.path], classes)
+            self.classes[classes.words] = None
+            self.predictions += kept.numel()
+            self.same += int(kept.sum())
+        integers = changed_integers(first, second)
+        self.integers = self.integers or bool(first.integers)
+        self.integer_changes += sum(integers.values())
+        self.changed |= dict.fromkeys(path or "the output" for path in (*integers, *changed_plain(first, second)))
+        self.not_compared |= dict.fromkeys(first.not_compared)
 
 
 def _network(bounds: _Bounds, output: _OutputTally, layers: Sequence[LayerCertificate], scheme: str, rounding: float) -> NetworkCertificate:
@@ -322,99 +317,20 @@ def _network(bounds: _Bounds, output: _OutputTally, layers: Sequence[LayerCertif
     return NetworkCertificate(
         scheme=scheme,
         output_layer=bounds.last or layers[-1].name,
-        rows=output.rows,
+        rows=output.predictions or output.rows,
         reference_norm=reference,
         bound=bound,
         bound_from_tolerances=bounds.output_from_tolerances,
         bound_link_normalised=bounds.output_link_normalised,
         reason=bounds.reason,
         achieved=achieved,
-        agreement=output.same / output.rows if output.classes and output.rows else None,
+        agreement=output.same / output.predictions if output.predictions else None,
         sound=within(achieved, bound, reference, rounding),
+        classes="; ".join(output.classes),
+        integer_changes=output.integer_changes if output.integers else None,
+        changed=tuple(output.changed),
+        not_compared=tuple(output.not_compared),
     )
-
-
-def check_heldout(reference: Replica, batches: Calibration, calibration: Calibration) -> int:
-    """Refuses held-out data that cannot serve, before any work is done; the number of samples that are calibration samples too.
-
-    Raises:
-        InvalidInput: a batch that cannot be used, or data that are all calibration data.
-    """
-    known = set(data.sample_digests(calibration))
-    overlap = [digest in known for digest in data.sample_digests(batches)]
-    if all(overlap):
-        raise InvalidInput(
-            f"{batches.what}: all of these samples are calibration data; a bound for unseen inputs needs samples "
-            "that were not used for pruning"
-        )
-    try:
-        reference.run(next(iter(batches)))
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise InvalidInput(f"{batches.what}: the model cannot run on batch 1: {error}") from error
-    return sum(overlap)
-
-
-def certify_heldout(
-    reference: Replica,
-    pruned: Replica,
-    batches: Calibration,
-    calibration: Calibration,
-    *,
-    confidence: float = CONFIDENCE,
-    level: float = LEVEL,
-    advance: Advance = silent,
-) -> HeldOutCertificate:
-    """Exact binomial bounds from held-out samples (design section 4, item 3), and accuracy where batches carry labels.
-
-    A response that is not finite counts as exceeding any level, and as a change of class.
-    """
-    if not 0 < confidence < 1:
-        raise InvalidInput(f"confidence must lie in (0, 1), found {confidence}")
-    if not level >= 0:
-        raise InvalidInput(f"level must be >= 0, found {level}")
-    overlap = check_heldout(reference, batches, calibration)
-    digest = hashlib.sha256()
-    samples = exceed = changes = right_before = right_after = labelled = 0
-    classes = True
-    for batch in counted(batches, batches.count, advance, "running held-out samples"):
-        data.update_hash(digest, batch)
-        pairs = _output_pairs(reference.run(batch), pruned.run(batch))
-        (Y, X), *others = pairs
-        samples += len(Y)
-        exceed += int((~(_moved(pairs) <= level)).sum())
-        same = None if others else _same_class(Y, X)
-        classes = classes and same is not None
-        if same is not None:
-            changes += int((~same).sum())
-            truth = data.labels(batch)
-            if truth is not None and truth.shape == same.shape:
-                truth = truth.to(Y.device)
-                labelled += len(truth)
-                right_before += int((Y.argmax(1) == truth).sum())
-                right_after += int((X.argmax(1) == truth).sum())
-    return HeldOutCertificate(
-        samples=samples,
-        data_hash=digest.hexdigest(),
-        confidence=confidence,
-        class_changes=changes if classes else None,
-        class_change_bound=clopper_pearson_upper(changes, samples, confidence) if classes else None,
-        level=level,
-        exceed=exceed,
-        exceed_bound=clopper_pearson_upper(exceed, samples, confidence),
-        accuracy_before=right_before / samples if labelled == samples else None,
-        accuracy_after=right_after / samples if labelled == samples else None,
-        overlap=overlap,
-    )
-
-
-def _moved(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The relative discrepancy of each sample, over all outputs that have one row a sample."""
-    rows = len(pairs[0][0])
-    kept = [(Y.double().reshape(rows, -1), X.double().reshape(rows, -1)) for Y, X in pairs if len(Y) == rows]
-    moved = sum((X - Y).square().sum(1) for Y, X in kept)
-    size = sum(Y.square().sum(1) for Y, X in kept)
-    assert isinstance(moved, Tensor) and isinstance(size, Tensor)
-    return torch.where(moved == 0, 0.0, (moved / size).sqrt())
 
 
 def versions() -> dict[str, str]:

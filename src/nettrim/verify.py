@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -14,10 +14,12 @@ from . import preimage
 from .attention import opened
 from .calibration import Batches, Calibration
 from .capture import Replica, device_of, hashes, random_state_kept, read_graph, reference_replica, replicate, scan
-from .certificate import Certificate, clopper_pearson_upper
+from .certificate import Certificate, HeldOutCertificate
 from .checkpoint import contradictions, load, read_certificate, read_report
 from .corrections import corrected_graph, corrections_of
 from .graph import Graph
+from .heldout import certify_heldout
+from .heldout import contradictions as heldout_contradictions
 from .layers import add_bias, can_take_bias
 from .opening import how_opened
 from .patterns import parse
@@ -27,7 +29,7 @@ from .report import PruneReport
 from .report_check import AGREEMENT, differences, unlike
 from .selection import select
 from .status import CertificateError, InvalidInput
-from .verification import Claim, Setup, certify, certify_heldout
+from .verification import Claim, Setup, certify
 
 # what nothing here can tell, by the names of fields; see also _not_checked
 _NEVER_CHECKED = (
@@ -213,18 +215,8 @@ def changed_elsewhere(model: nn.Module, pruned: nn.Module, names: Sequence[str],
 
 
 def _heldout_arithmetic(stored: Certificate) -> list[str]:
-    """A held-out statement's bounds follow from its counts, whatever the data."""
-    old = stored.heldout
-    if old is None:
-        return []
-    try:
-        bound = clopper_pearson_upper(old.exceed, old.samples, old.confidence)
-        changes = None if old.class_changes is None else clopper_pearson_upper(old.class_changes, old.samples, old.confidence)
-    except InvalidInput as error:
-        return [f"held-out: {error}"]
-    return differences(
-        "held-out", old.__dict__, {"exceed_bound": bound, "class_change_bound": changes}, ("exceed_bound", "class_change_bound")
-    )
+    """What cannot be in a held-out statement, whatever the data."""
+    return [] if stored.heldout is None else [f"held-out: {problem}" for problem in heldout_contradictions(stored.heldout)]
 
 
 def _recheck_heldout(
@@ -236,17 +228,21 @@ def _recheck_heldout(
     batches: Calibration,
     advance: Advance,
 ) -> tuple[Certificate, list[str]]:
-    """The held-out statement made anew, at the stored confidence and level, and where it differs from the stored one."""
+    """The held-out statement made anew, at the stored confidence and level, and where any of its fields differs from the stored one."""
     old = stored.heldout
     if old is None:
         return replace(again, heldout=certify_heldout(reference, pruned, unseen, batches, advance=advance)), []
+    if not (0 < old.confidence < 1 and old.level >= 0):  # refused already, and nothing can be made with them
+        return again, []
     new = certify_heldout(reference, pruned, unseen, batches, confidence=old.confidence, level=old.level, advance=advance)
     again = replace(again, heldout=new)
     if old.data_hash != new.data_hash:
         return again, ["held-out: the stored statement was made from other data; give those, or none"]
-    counts, numbers = ("samples", "class_changes", "exceed", "overlap"), ("accuracy_before", "accuracy_after")
+    names = [field.name for field in fields(HeldOutCertificate)]
+    numbers = tuple(name for name in names if isinstance(getattr(new, name), float))
+    exact = tuple(name for name in names if name not in numbers)
     return again, [
-        *differences("held-out", old.__dict__, new.__dict__, counts, exact=True),
+        *differences("held-out", old.__dict__, new.__dict__, exact, exact=True),
         *differences("held-out", old.__dict__, new.__dict__, numbers),
     ]
 
@@ -270,6 +266,7 @@ def _compare(stored: Certificate, again: Certificate, reference: Replica) -> lis
         if old.gap_kind == "epsilon" and old.gap_level != old.tolerance and not beyond:
             problems.append(f"{old.name}: gap_level is {old.gap_level}, but the tolerance is {old.tolerance}")
     old_network, new_network = stored.network.__dict__, again.network.__dict__
-    problems += differences("network", old_network, new_network, ("scheme", "output_layer", "rows", "sound"), exact=True)
+    said = ("scheme", "output_layer", "rows", "sound", "classes", "integer_changes", "changed", "not_compared")
+    problems += differences("network", old_network, new_network, said, exact=True)
     scale = again.network.reference_norm
     return problems + differences("network", old_network, new_network, _NETWORK_NUMBERS, scale=scale, agreement=agreement)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..calibration import forward, inputs_of, samples
 from ..capture import Replica, device_of, random_state_kept, replicate
+from ..outputs import largest_difference
 from ..progress import Advance, shown, within
 from ..status import InvalidInput, NetTrimError
 from . import semi_structured, sparse_candidates
-from .compact import allowed_difference, check, outputs, relative_difference
+from .compact import allowed_difference, check, outputs
 from .sparse_module import SparseModule
 from .timing import Passes, apart, faster_in, side_by_side
 
@@ -111,12 +112,12 @@ def accelerate(
         twin = replicate(model, place, None)
         twin.model.requires_grad_(False)
         buffers = {name: buffer.clone() for name, buffer in twin.model.named_buffers()}
-        reference = {key: y.clone() for key, y in outputs(twin, _own(example), "accelerate").items()}
+        reference = outputs(twin, _own(example), "accelerate").cloned()
         _refuse_memory(twin.model, buffers)
         example = _own(example)  # for a model that works in place on its input
 
         def differs(module: nn.Module) -> float:
-            return relative_difference(reference, outputs(Replica(module, place, None), _own(given), "accelerate"))
+            return largest_difference(reference, outputs(Replica(module, place, None), _own(given), "accelerate"))
 
         allowed = allowed_difference(twin.model)
         if place.type == "cuda":
@@ -135,6 +136,7 @@ def accelerate(
             f"accelerate: the output differs by {difference:.2g} of the largest output, more than {allowed:.0e}: nothing is returned; "
             "take out what is random in the model; if nothing is, please report its structure"
         )
+    found.notes.extend(reference.notes)
     choices = tuple(_choice(name, layer, made, kept, found) for name, layer in sparse_candidates.layers_of(twin.model).items())
     return Accelerated(
         model=made.module,

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from ..calibration import inputs_of, sample_shape
 from ..capture import Replica, device_of, hashes, random_state_kept, replicate
 from ..checkpoint import save_weights
+from ..outputs import Outputs, largest_difference, other_form
 from ..progress import Advance, shown, within
 from ..status import InvalidInput, NetTrimError
 from .accelerate import accelerate
 from .bench_result import ACCELERATED, COMPACTED, DENSE, PRUNED, Bench, Form, Timing
 from .compact import check, compact, outputs
 from .counting import Counted, count
-from .export_common import allowed, difference, resized
+from .export_common import allowed, resized
 from .machine import this_machine
 from .timing import apart, faster_in, side_by_side
 
@@ -149,12 +150,14 @@ def _prepare(work: _Work, model: nn.Module, reference: nn.Module | None) -> None
     wanted = _add(work, PRUNED, model, "", "bench")
     if reference is not None:
         found = _add(work, DENSE, reference, "", "bench: reference")
-        shapes = [{key: tuple(y.shape) for key, y in values.items()} for values in (wanted, found)]
-        if shapes[0] != shapes[1]:
+        other = other_form(wanted, found)
+        if other:
+            shapes = [[tuple(y.shape) for y in values.tensors.values()] for values in (wanted, found)]
             raise InvalidInput(
-                f"bench: the reference's outputs have the shapes {list(shapes[1].values())}, the model's {list(shapes[0].values())}; "
+                f"bench: the reference's outputs have the shapes {shapes[1]}, the model's {shapes[0]} ({other}); "
                 "give the network from which the model was pruned"
             )
+    work.notes |= dict.fromkeys(wanted.notes)
     try:
         made = compact(work.models[PRUNED], work.example, device=work.place)
     except Exception as error:  # a user's forward may raise anything
@@ -164,7 +167,7 @@ def _prepare(work: _Work, model: nn.Module, reference: nn.Module | None) -> None
         work.notes |= dict.fromkeys(f"{COMPACTED}: {note}" for note in made.notes)
 
 
-def _add(work: _Work, name: str, model: nn.Module, made_from: str, what: str) -> dict[Any, Tensor]:
+def _add(work: _Work, name: str, model: nn.Module, made_from: str, what: str) -> Outputs:
     """A copy in eval mode and without gradients joins the forms, with its sizes; returns its outputs on the example."""
     twin = replicate(model, work.place, None)
     twin.model.requires_grad_(False)
@@ -259,18 +262,19 @@ def _measure(work: _Work, batch: int, seconds: float, advance: Advance) -> None:
         work.timings.setdefault(name, []).append(timing)
 
 
-def _agreed(work: _Work, batch: int, name: str, model: nn.Module, inputs: Any, wanted: list[Tensor] | None) -> list[Tensor] | None:
+def _agreed(work: _Work, batch: int, name: str, model: nn.Module, inputs: Any, wanted: Outputs | None) -> Outputs | None:
     """A form's outputs, compared with those wanted; None, and a note, where it does not run or computes something else."""
     where = f"batches of {batch}: {name} is left out"
     try:
         with torch.inference_mode():
-            found = [y.clone() for y in outputs(Replica(model, work.place, None), inputs, "bench").values()]
+            found = outputs(Replica(model, work.place, None), inputs, "bench").cloned()
     except Exception as error:  # a user's forward may raise anything
         work.notes[f"{where}: {_words(error)}"] = None
         return None
-    moved = difference(found if wanted is None else wanted, found)
-    if not moved < math.inf:
-        work.notes[f"{where}: its outputs are not finite, or of another shape"] = None
+    # a trained network may well decide otherwise than the pruned one: the entries of integer outputs need not be equal
+    moved = largest_difference(found if wanted is None else wanted, found, exact=name not in (PRUNED, DENSE))
+    if not (moved < math.inf and all(bool(torch.isfinite(y).all()) for y in found.scores.values())):
+        work.notes[f"{where}: its outputs are not finite, of another shape, or other integers"] = None
         return None
     if name not in (PRUNED, DENSE) and not moved <= allowed(model, _EXACT):
         work.notes[f"{where}: its outputs differ from the pruned model's by {moved:.2g} of the largest"] = None

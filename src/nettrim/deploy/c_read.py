@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from ..capture import Replica
 from ..graph import read
 from ..nodes import activation_of, has_statistics, hooked, label, norm_scale, passes, reads_shape
+from ..outputs import largest_difference
 from ..status import InvalidInput
 from .c_steps import (
     AdaptivePool,
@@ -33,7 +34,7 @@ from .c_steps import (
     Step,
     Window,
 )
-from .export_common import allowed, copied, difference, ran, resized
+from .export_common import allowed, copied, ran, resized
 from .follow import arguments
 from .moves import argument
 
@@ -56,7 +57,7 @@ def plan_of(twin: Replica, inputs: Any) -> Plan:
     wanted = ran(twin, shown)
 
     def agrees(module: nn.Module) -> bool:
-        return difference(wanted, ran(Replica(module, twin.device, twin.dtype), shown)) <= allowed(twin.model, 1e-5)
+        return largest_difference(wanted, ran(Replica(module, twin.device, twin.dtype), shown)) <= allowed(twin.model, 1e-5)
 
     graph = read(twin.model, (), given=given, agrees=agrees)
     if graph.traced is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,10 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..calibration import check_batch, inputs_of, output_tensors
+from ..calibration import check_batch, inputs_of
 from ..capture import Replica, device_of, random_state_kept, replicate
 from ..graph import read
 from ..layers import without_values
+from ..outputs import Outputs, largest_difference, outputs_of
 from ..status import InvalidInput, NetTrimError
 from . import constants
 from .channels import Flow
@@ -98,7 +98,7 @@ def compact(model: nn.Module, example: Any, *, device: torch.device | str | None
         while (step := _step(twin, example)).gone:
             _remove(step, twin, example)
             passes += 1
-        difference = relative_difference(reference, outputs(twin, example, "compact"))
+        difference = largest_difference(reference, outputs(twin, example, "compact"))
     _refuse_changed(twin.model, difference)
     after = _sizes(twin.model)
     home = next((parameter.device for parameter in model.parameters()), place)
@@ -106,7 +106,7 @@ def compact(model: nn.Module, example: Any, *, device: torch.device | str | None
     for name, module in model.named_modules():
         made.get_submodule(name).training = module.training
     layers = tuple(Shrunk(name, *zip(old, after[name], strict=True)) for name, old in before.items())
-    return Compacted(made, layers, (_count(model), _count(made)), difference, passes, tuple(staying(step)))
+    return Compacted(made, layers, (_count(model), _count(made)), difference, passes, (*staying(step), *reference.notes))
 
 
 def check(model: object, example: Any, what: str) -> None:
@@ -121,7 +121,7 @@ def check(model: object, example: Any, what: str) -> None:
             raise InvalidInput(f"{what}: {name} holds NaN or inf; repair or prune it again")
 
 
-def outputs(twin: Replica, example: Any, what: str) -> dict[Any, Tensor]:
+def outputs(twin: Replica, example: Any, what: str) -> Outputs:
     """The network's outputs on the example. Raises InvalidInput."""
     try:
         found = twin.run(example)
@@ -129,7 +129,7 @@ def outputs(twin: Replica, example: Any, what: str) -> dict[Any, Tensor]:
         raise
     except Exception as error:  # a user's forward may raise anything
         raise InvalidInput(f"{what}: the model cannot run on the example: {first_line(error)}") from error
-    return output_tensors(found)
+    return outputs_of(found)
 
 
 def channel_flow(twin: Replica, example: Any, what: str) -> Flow:
@@ -139,7 +139,7 @@ def channel_flow(twin: Replica, example: Any, what: str) -> Flow:
 
     def agrees(module: nn.Module) -> bool:
         traced = Replica(module, twin.device, twin.dtype)
-        return relative_difference(outputs(twin, example, what), outputs(traced, example, what)) <= allowed_difference(twin.model)
+        return largest_difference(outputs(twin, example, what), outputs(traced, example, what)) <= allowed_difference(twin.model)
 
     graph = read(twin.model, (), given=given, agrees=agrees)
     if graph.traced is None:
@@ -238,21 +238,6 @@ def _width(layer: Layer) -> tuple[int, int]:
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def relative_difference(reference: Mapping[Any, Tensor], found: Mapping[Any, Tensor]) -> float:
-    """The largest difference of two outputs, relative to the largest finite entry of the first; inf where only one is NaN or inf."""
-    if reference.keys() != found.keys() or any(Y.shape != found[key].shape for key, Y in reference.items()):
-        return float("inf")
-    worst = 0.0
-    for key, Y in reference.items():
-        if Y.numel():
-            wanted, given = Y.double(), found[key].double()
-            same = (wanted == given) | (wanted.isnan() & given.isnan())
-            moved = torch.where(same, 0.0, (given - wanted).abs()).nan_to_num(nan=math.inf, posinf=math.inf).max()
-            size = torch.where(wanted.isfinite(), wanted.abs(), 0.0).max()
-            worst = max(worst, float(moved / size) if size else float(moved))
-    return worst
 
 
 def allowed_difference(model: nn.Module) -> float:

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..outputs import Outputs, largest_difference
 from ..status import InvalidInput
 from . import c_check
 from .c_read import plan_of
 from .c_source import source_of
-from .export_common import check_output, difference, ran, refuse_different, staged, start
+from .export_common import check_output, ran, refuse_different, staged, start
 from .export_result import Exported
 
 TOLERANCE = 1e-5
@@ -84,10 +85,11 @@ def export_c(model: object, example: Any, path: str | Path) -> Exported:
         if compiler is None:
             notes.append("no C compiler was found (cc, gcc or clang): the file was not run, and its code not measured")
         else:
-            wanted = ran(twin, inputs)[0]
+            (wanted,) = ran(twin, inputs).tensors.values()  # C takes a model with one output
             given = next(v for v in inputs.values() if isinstance(v, Tensor)) if isinstance(inputs, Mapping) else inputs
             samples = len(given)
-            found = difference([wanted.reshape(samples, -1)], [c_check.run(folder, name, given)])
+            made_by_c = c_check.run(folder, name, given)
+            found = largest_difference(Outputs({"": wanted.reshape(samples, -1)}), Outputs({"": made_by_c}))
             refuse_different(found, TOLERANCE, "C", samples)
             sizes = replace(sizes, code=c_check.code_bytes(folder, name))
         size = sum((folder / file).stat().st_size for file in (header.name, place.name))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..calibration import inputs_of
 from ..capture import Replica, replicate
 from ..checkpoint import check_writable
+from ..outputs import Outputs, outputs_of
 from ..status import InvalidInput, NetTrimError
 from .compact import check, outputs
 
@@ -45,23 +46,14 @@ def copied(inputs: Any) -> Any:
     return inputs.clone()
 
 
-def ran(twin: Replica, inputs: Any) -> list[Tensor]:
-    """The floating-point tensors that the model gives, those inside of tuples and mappings too. Raises InvalidInput."""
+def ran(twin: Replica, inputs: Any) -> Outputs:
+    """What the model puts out. Raises InvalidInput."""
     try:
         found = twin.run(copied(inputs))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InvalidInput(f"export: the model cannot run on a batch of {count(inputs)}: {first}") from error
-    return leaves(found)
-
-
-def leaves(output: Any) -> list[Tensor]:
-    """The floating-point tensors of an output, however they are nested."""
-    if isinstance(output, Mapping):
-        output = tuple(output.values())
-    if isinstance(output, (tuple, list)):
-        return [tensor for part in output for tensor in leaves(part)]
-    return [output] if isinstance(output, Tensor) and output.is_floating_point() else []
+    return outputs_of(found)
 
 
 def count(inputs: Any) -> int:
@@ -81,20 +73,6 @@ def resized(inputs: Any, samples: int) -> Any:
     if not isinstance(inputs, Mapping):
         return inputs[places]
     return {key: value[places] if batched(value, before) else value for key, value in inputs.items()}
-
-
-def difference(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """The largest difference, relative to the largest wanted entry of the same tensor; inf where number or shapes differ."""
-    if len(wanted) != len(found) or any(a.shape != b.shape for a, b in zip(wanted, found, strict=True)):
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(wanted, found, strict=True):
-        if a.numel():
-            moved, size = float((b.double() - a.double()).abs().max()), float(a.double().abs().max())
-            worst = max(worst, moved / size if size else moved)
-            if not moved <= float("inf"):  # NaN compares false with everything
-                return float("inf")
-    return worst
 
 
 def allowed(model: nn.Module, tolerance: float) -> float:

@@ -11,12 +11,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..outputs import Outputs, largest_difference, outputs_of
 from ..quiet import quiet
 from ..solvers.reference import MissingExtra
 from ..status import InvalidInput
-from .export_common import allowed, check_output, difference, ran, refuse_different, resized, staged, start
+from .export_common import allowed, check_output, ran, refuse_different, resized, staged, start
 from .export_program import known_warnings, traced
 from .export_result import Exported
 
@@ -60,19 +60,19 @@ def export_onnx(model: object, example: Any, path: str | Path) -> Exported:
             raise InvalidInput(f"export: no ONNX file could be made of the model ({first}); nothing is written") from error
         for samples in sizes:
             batch = resized(inputs, samples)
-            found = difference(ran(twin, batch), _run(session, batch))
+            wanted = ran(twin, batch)
+            found = largest_difference(outputs_of(tuple(wanted.tensors.values())), _run(session, batch))
             refuse_different(found, tolerance, "ONNX", samples)
             worst = max(worst, found)
         size = file.stat().st_size
-    return Exported(place, "onnx", (place,), size, worst, sizes, len(sizes) > 1, notes)
+    return Exported(place, "onnx", (place,), size, worst, sizes, len(sizes) > 1, (*notes, *wanted.notes))
 
 
-def _run(session: Any, batch: Any) -> list[Tensor]:
-    """The floating-point outputs of an onnxruntime session."""
+def _run(session: Any, batch: Any) -> Outputs:
+    """The outputs of an onnxruntime session, in the order of the model's."""
     names = [item.name for item in session.get_inputs()]
     given = {name: batch[name] if isinstance(batch, Mapping) else batch for name in names}
-    found = session.run(None, {name: value.numpy() for name, value in given.items()})
-    return [tensor for array in found if (tensor := torch.from_numpy(array)).is_floating_point()]
+    return outputs_of(tuple(session.run(None, {name: value.numpy() for name, value in given.items()})))
 
 
 def _without_traces(proto: Any) -> None:

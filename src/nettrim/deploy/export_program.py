@@ -12,8 +12,9 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from ..capture import Replica
+from ..outputs import largest_difference, outputs_of
 from ..status import InvalidInput
-from .export_common import allowed, batched, check_output, copied, count, difference, leaves, ran, refuse_different, resized, staged, start
+from .export_common import allowed, batched, check_output, copied, count, ran, refuse_different, resized, staged, start
 from .export_result import Exported
 
 TOLERANCE = 1e-5
@@ -35,11 +36,12 @@ def export_program(model: object, example: Any, path: str | Path) -> Exported:
             given = copied(batch)
             with torch.no_grad():
                 made = loaded(**given) if isinstance(given, Mapping) else loaded(given)
-            found = difference(ran(twin, batch), leaves(made))
+            wanted = ran(twin, batch)
+            found = largest_difference(wanted, outputs_of(made))
             refuse_different(found, tolerance, ".pt2", samples)
             worst = max(worst, found)
         size = (folder / place.name).stat().st_size
-    return Exported(place, "pt2", (place,), size, worst, sizes, len(sizes) > 1, notes)
+    return Exported(place, "pt2", (place,), size, worst, sizes, len(sizes) > 1, (*notes, *wanted.notes))
 
 
 def traced(twin: Replica, inputs: Any) -> tuple[ExportedProgram, tuple[int, ...], tuple[str, ...]]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calibration import forward, output_tensors
+from ..calibration import forward
+from ..outputs import outputs_of
 from ..solvers.reference import MissingExtra
 from .channels import End, Flow
 
@@ -55,7 +56,7 @@ class Dependencies:
                         model,
                         example_inputs=batch,
                         forward_fn=lambda module, data: forward(module, data, device, None),
-                        output_transform=lambda output: list(output_tensors(output).values()),
+                        output_transform=lambda output: list(outputs_of(output).scores.values()),
                     )
                 )
         except Exception as error:  # it raises many kinds for graphs that it cannot read

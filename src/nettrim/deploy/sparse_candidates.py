@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..calibration import inputs_of, output_tensors
+from ..calibration import inputs_of
 from ..capture import Replica
 from ..graph import read
 from ..nodes import hooked
+from ..outputs import outputs_of
 from ..progress import Advance, counted, silent
 from .regions import Placed, Shapes, able, rebuilt, recorded, shapes_of
 from .sparse_chain import SparseChain, csr
@@ -318,7 +319,7 @@ def _one_by_one(twin: Replica, example: Any, budget: float, native: bool, found:
     for name, (_, module) in best.items():
         made.set_submodule(name, module)
     try:
-        output_tensors(Replica(made, twin.device, None).run(example))
+        outputs_of(Replica(made, twin.device, None).run(example))
     except Exception as error:  # a forward that reads its layers' weights, for one
         words = (str(error).strip().splitlines() or [type(error).__name__])[0]
         found.notes.append(f"the model does not run with its layers replaced ({words}): it stays dense")

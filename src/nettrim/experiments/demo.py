@@ -90,7 +90,7 @@ def comparison(label: str, result: PruneResult) -> ComparisonRow:
     norm = network.reference_norm or 1.0
     agreement = None
     if heldout is not None and heldout.class_changes is not None:
-        agreement = 1 - heldout.class_changes / heldout.samples
+        agreement = 1 - heldout.class_changes / heldout.counted
     promised = any(layer.tolerance is not None for layer in result.certificate.layers)
     return ComparisonRow(
         label=label,

@@ -252,10 +252,10 @@ def _tiles(report: PruneReport, certificate: Certificate) -> list[tuple[str, str
     heldout, network = certificate.heldout, certificate.network
     if heldout is not None and heldout.accuracy_before is not None and heldout.accuracy_after is not None:
         before, after = (percent(value, decimals=2) for value in (heldout.accuracy_before, heldout.accuracy_after))
-        tiles.insert(0, ("Accuracy after pruning", after, f"{before} before, on {plural(heldout.samples, 'held-out sample')}"))
+        tiles.insert(0, ("Accuracy after pruning", after, f"{before} before, on {heldout.labelled_words}"))
     if heldout is not None and heldout.class_changes is not None:
-        same = percent(1.0 - heldout.class_changes / heldout.samples, -1, decimals=2)
-        tiles.append(("Same predicted class", same, f"of {plural(heldout.samples, 'held-out sample')}; {heldout.class_changes:,} changed"))
+        same = percent(1.0 - heldout.class_changes / heldout.counted, -1, decimals=2)
+        tiles.append((f"Same {heldout.predicted_words}", same, f"of {heldout.units_words}; {heldout.class_changes:,} changed"))
     elif network.agreement is not None:
         same = percent(network.agreement, -1, decimals=2)
         tiles.append(("Same predicted class", same, f"of {plural(network.rows, 'calibration row')}"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..certificate import Certificate, LayerCertificate
+from ..certificate import Certificate, HeldOutCertificate, LayerCertificate
 from ..preimage import named
 from ..report import LayerReport, PruneReport
 from ..status import InvalidInput
@@ -176,9 +176,17 @@ def _network_words(certificate: Certificate) -> list[str]:
     if others:
         words.append(f"The bound stated in other ways: {'; '.join(others)}.")
     if network.agreement is not None:
+        where = f", the largest entry along {clean(network.classes)}" if network.classes else ""
         words.append(
-            f"On {percent(network.agreement, -1, decimals=2)} of these rows both networks predict the same class (counted, not a bound)."
+            f"On {percent(network.agreement, -1, decimals=2)} of these rows both networks predict the same class{where} (counted, not a "
+            "bound)."
         )
+    if network.changed:
+        entries = "" if not network.integer_changes else f", {network.integer_changes:,} entries of integer or boolean outputs in all"
+        words.append(f"Outputs that are no scores and changed: {listed([clean(path) for path in network.changed])}{entries}.")
+    if network.not_compared:
+        parts = [clean(part) for part in network.not_compared]
+        words.append(f"Not compared, so nothing here speaks of it: {listed(parts, len(parts))}.")
     return words
 
 
@@ -209,6 +217,14 @@ def _gap_words(certificate: Certificate) -> list[str]:
     return words
 
 
+def _changes_words(heldout: HeldOutCertificate) -> str:
+    """What happens to a unit whose prediction changes."""
+    if heldout.predicted_words == "predicted class":
+        return "the predicted class changes"
+    more = "" if heldout.integer_changes is None else " or an entry of an integer output"
+    return f"any predicted class{more} of a {heldout.unit} changes"
+
+
 def _heldout_words(certificate: Certificate) -> list[str]:
     heldout = certificate.heldout
     if heldout is None:
@@ -216,10 +232,42 @@ def _heldout_words(certificate: Certificate) -> list[str]:
             "Other inputs: no held-out samples were given, so all of this speaks of the calibration rows only and says nothing about "
             "any other input."
         ]
+    words = _proven_words(heldout) if heldout.unit == "sample" else _counted_words(heldout)
+    if heldout.classes:
+        words.append(f"A predicted class is the largest entry along {clean(heldout.classes)}.")
+    elif heldout.classes_reason:
+        words.append(f"No changes of a predicted class are stated: {clean(heldout.classes_reason)}.")
+    if heldout.predictions is not None and heldout.predictions_changed is not None and heldout.predictions != heldout.counted:
+        words.append(
+            f"Counted one by one, {heldout.predictions_changed:,} of {heldout.predictions:,} predicted classes changed (not a bound: those "
+            "of one sample are not independent)."
+        )
+    if heldout.integer_changes is not None:
+        words.append(f"An entry of an integer or boolean output changed in {heldout.integer_changes:,} of {heldout.units_words}.")
+    if heldout.left_out:
+        words.append(f"Left out of these counts: {listed([clean(name) for name in heldout.left_out])}.")
+    if heldout.overlap:
+        words.append(
+            f"{plural(heldout.overlap, 'held-out sample')} also occurred in the calibration data: unless they are chance repetitions, the "
+            "statement about other inputs is not valid."
+        )
+    if heldout.accuracy_before is not None and heldout.accuracy_after is not None:
+        where = "the held-out samples" if heldout.labelled in (None, heldout.samples) else heldout.labelled_words
+        words.append(
+            f"Accuracy on {where}: {percent(heldout.accuracy_before, decimals=2)} before, "
+            f"{percent(heldout.accuracy_after, decimals=2)} after pruning."
+        )
+    elif heldout.accuracy_reason:
+        words.append(f"No accuracy is stated: {clean(heldout.accuracy_reason)}.")
+    return words
+
+
+def _proven_words(heldout: HeldOutCertificate) -> list[str]:
+    """The bounds, where samples were counted."""
     claims = []
     if heldout.class_change_bound is not None:
         seen = "" if heldout.class_changes is None else f" (seen: {heldout.class_changes:,} of {heldout.samples:,})"
-        claims.append(f"the predicted class changes with probability at most {percent(heldout.class_change_bound, +1)}{seen}")
+        claims.append(f"{_changes_words(heldout)} with probability at most {percent(heldout.class_change_bound, +1)}{seen}")
     claims.append(
         f"the relative discrepancy of the output exceeds {percent(heldout.level)} with probability at most "
         f"{percent(heldout.exceed_bound, +1)} (seen: {heldout.exceed:,} of {heldout.samples:,})"
@@ -231,14 +279,14 @@ def _heldout_words(certificate: Certificate) -> list[str]:
         "This is valid only for inputs drawn, independently, like the held-out samples, and because those samples were not used for "
         "pruning.",
     ]
-    if heldout.overlap:
-        words.append(
-            f"{plural(heldout.overlap, 'held-out sample')} also occurred in the calibration data: unless they are chance repetitions, the "
-            "statement about other inputs is not valid."
-        )
-    if heldout.accuracy_before is not None and heldout.accuracy_after is not None:
-        words.append(
-            f"Accuracy on the held-out samples: {percent(heldout.accuracy_before, decimals=2)} before, "
-            f"{percent(heldout.accuracy_after, decimals=2)} after pruning."
-        )
-    return words
+    return [*words, f"Of how samples were told apart: {clean(heldout.note)}."] if heldout.note else words
+
+
+def _counted_words(heldout: HeldOutCertificate) -> list[str]:
+    """What was counted, where no bound can be stated."""
+    counts = [] if heldout.class_changes is None else [f"{_changes_words(heldout)} in {heldout.class_changes:,}"]
+    counts.append(f"the relative discrepancy exceeds {percent(heldout.level)} in {heldout.exceed:,}")
+    return [
+        f"Other inputs: NO bound is stated, because {clean(heldout.reason).rstrip('.')}. Counted on {heldout.units_words}, which says "
+        f"something of these data only: {'; '.join(counts)}."
+    ]
