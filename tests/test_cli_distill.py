@@ -74,6 +74,16 @@ def test_it_tells_what_it_did(workplace: Path, monkeypatch: pytest.MonkeyPatch) 
     assert note.startswith("fine-tuned without labels") and "held back" not in note
 
 
+def test_all_parameters_may_learn(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nettrim.prune(network(), [images()], nettrim.Magnitude(0.6), ignore=["1"], progress=False).save(workplace / "partly")
+    arguments = ("distill", "partly", MODEL, "--data", "data.npy", "--steps", "20", "--learn", "all", "--output", "all-tuned")
+    done = command(workplace, monkeypatch, *arguments, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["certificate"]["trained"] == ["1.weight", "1.bias"]
+    checked = command(workplace, monkeypatch, "verify", "all-tuned", MODEL, "--data", "data.npy", "--json")
+    assert checked.exit_code == 0 and json.loads(checked.stdout)["certificate"]["trained"] == ["1.weight", "1.bias"], checked.output
+
+
 def test_biases_that_pruning_added_stay(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nettrim.prune(biasless(), [images()], nettrim.NetTrim(sparsity=0.6), add_bias=True, progress=False).save(workplace / "biased")
     arguments = ("distill", "biased", f"{__name__}:biasless", "--data", "data.npy", "--steps", "20", "--output", "biased-tuned")

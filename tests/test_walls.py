@@ -63,6 +63,7 @@ NETWORKS = (
     "verify",
     "checkpoint",
     "finetune",
+    "trained",
 )
 PRESENTATION = ("rich", "typer", "jinja2", "matplotlib")
 # the library itself never draws; experiments/recovery.py draws the figures of its own study

@@ -7,7 +7,7 @@ from .checkpoint import load, save_weights
 from .compare import ComparedRun, Comparison, compare
 from .deploy import Accelerated, Bench, Compacted, Exported, accelerate, bench, compact, export
 from .distill import Distilled, distill
-from .finetune import keep_zeros
+from .finetune import FineTuning, finetuning, keep_zeros
 from .methods import LOBS, OBS, LinearADMM, Magnitude, NetTrim, Random, SparseGPT, Wanda
 from .pruning import PruneResult, prune
 from .recertify import recertify
@@ -27,6 +27,7 @@ __all__ = [  # noqa: RUF022 (plain order)
     "Comparison",
     "Distilled",
     "Exported",
+    "FineTuning",
     "GapBound",
     "InvalidInput",
     "LOBS",
@@ -54,6 +55,7 @@ __all__ = [  # noqa: RUF022 (plain order)
     "compare",
     "distill",
     "export",
+    "finetuning",
     "keep_zeros",
     "load",
     "network_bounds",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
@@ -216,7 +216,12 @@ class HeldOutCertificate:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is guaranteed about a pruned network, with the numbers that let someone else recompute it."""
+    """What is guaranteed about a pruned network, with the numbers that let someone else recompute it.
+
+    ``trained`` names the entries of the network's state that differ from the reference network's besides the pruned layers' own (their
+    weights and biases, and the bias of a batch-norm that holds a layer's offset), as fine-tuning leaves them; empty after pruning alone.
+    Every number here speaks of the network as it is, and no bound rests on what these entries were.
+    """
 
     method: str
     program: str
@@ -231,6 +236,7 @@ class Certificate:
     layers: tuple[LayerCertificate, ...]
     network: NetworkCertificate
     heldout: HeldOutCertificate | None = None
+    trained: tuple[str, ...] = ()
     not_checked: tuple[str, ...] | None = field(default=None, compare=False)
 
     @property
@@ -273,6 +279,7 @@ class Certificate:
         """Everything as plain data for JSON, what follows from it (``verdict``, ``holds``) included."""
         data = asdict(self)
         del data["not_checked"]
+        data["trained"] = list(self.trained)
         data["layers"] = [values | {"holds": layer.holds} for values, layer in zip(data["layers"], self.layers, strict=True)]
         for part, keys in (("network", ("changed", "not_compared")), ("heldout", ("left_out",))):
             for key in keys if data[part] is not None else ():
@@ -288,6 +295,8 @@ class Certificate:
             f"{len(self.layers)} layers, {sum(layer.nonzeros for layer in self.layers):,} of "
             f"{sum(layer.weights for layer in self.layers):,} weights left ({self.method}, {self.scheme})",
         ]
+        if self.trained:
+            lines.append(f"trained besides the pruned layers: {by_module(self.trained)}")
         if self.not_checked is not None:
             lines.append(f"not checked: {'; '.join(self.not_checked) or 'nothing'}")
         return "\n".join(lines)
@@ -302,6 +311,9 @@ class Certificate:
             InvalidInput: fields are missing, of another type, or not finite.
         """
         heldout = data.get("heldout")
+        trained = items(data, "trained") if "trained" in data else []
+        if not all(isinstance(key, str) for key in trained):
+            raise InvalidInput("Certificate: trained must be a list of names; the file is damaged")
         return build(
             cls,
             data,
@@ -309,12 +321,24 @@ class Certificate:
             layers=tuple(build(LayerCertificate, layer) for layer in items(data, "layers")),
             network=build(NetworkCertificate, data.get("network"), **_names(data.get("network"), "changed", "not_compared")),
             heldout=None if heldout is None else build(HeldOutCertificate, heldout, **_names(heldout, "left_out")),
+            trained=tuple(trained),
         )
 
 
 def within(distance: float, limit: float | None, norm: float, rounding: float = ROUNDING) -> bool:
     """Whether ``distance`` is at most ``limit`` up to rounding of sums of size ``norm``; NaN is never within anything."""
     return limit is None or distance <= limit * (1 + rounding) + rounding * norm
+
+
+def by_module(keys: Sequence[str], limit: int = 8) -> str:
+    """State-dict keys by module, the first ``limit`` of them: ``net.1 (weight, bias), net.5 (running_mean) and 3 more modules``."""
+    groups: dict[str, list[str]] = {}
+    for name in keys:
+        module, _, label = name.rpartition(".")
+        groups.setdefault(module, []).append(label)
+    shown = [f"{module} ({', '.join(labels)})" if module else ", ".join(labels) for module, labels in list(groups.items())[:limit]]
+    more = len(groups) - len(shown)
+    return ", ".join(shown) + (f" and {more} more module{'' if more == 1 else 's'}" if more else "")
 
 
 def _exceeded(discrepancy: float, bound: float | None, sound: bool) -> list[str]:

@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from .attention import closed, opened
 from .calibration import Batches, Calibration
 from .capture import Replica, device_of, random_state_kept, read_graph, replicate
-from .finetune import keep_zeros
-from .layers import is_prunable
+from .finetune import keep_zeros, learnable
 from .outputs import outputs_of, real, square, squares
 from .progress import Advance, shown
 from .stacked import Group, differentiable, outputs, split, stacked
 from .status import InvalidInput
+from .trained import zeroed_layers
 
 LOOKS = 40  # times that the held-back samples are looked at
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """A fine-tuned copy of a pruned model, and what the fine-tuning did.
+    """A fine-tuned copy of a pruned model, and what the fine-tuning did; printed, a few plain lines.
 
     ``before`` and ``after`` are relative discrepancies of the outputs, ``||X_hat - X||_F / ||X||_F``, over all calibration samples;
     ``unseen_before`` and ``unseen_after`` the same over the samples held back (``None`` without). ``history`` holds (step, loss) on the
@@ -46,6 +46,13 @@ class Distilled:
     mixed: bool
     learned: tuple[str, ...]
     seconds: float
+
+    def __str__(self) -> str:
+        from .render.distilled import distilled_text  # presentation stays in render
+
+        return distilled_text(self)
+
+    __repr__ = __str__
 
 
 def distill(
@@ -72,7 +79,8 @@ def distill(
     are held in memory once. Samples are drawn one by one where the first dimension holds samples (checked on the reference network), and
     otherwise in the batches as they are given.
 
-    A certificate of the pruned model does not speak of the result: :func:`nettrim.recertify` makes a new one.
+    A certificate of the pruned model does not speak of the result: :func:`nettrim.recertify` makes a new one. Fine-tuning with labels, in a
+    loop of your own: :func:`nettrim.finetuning`.
 
     Args:
         pruned: a pruned model, as :func:`nettrim.prune` returns it.
@@ -82,8 +90,7 @@ def distill(
             divergence of the softened class probabilities (softmax over the last dimension), for models with one output.
         temperature: divides the logits of ``"kl"``.
         learn: ``"pruned"``: weights and biases of layers that hold zeros and other weights than the reference network's, and the bias of
-            a batch-norm behind one without bias: what a certificate can speak of. ``"all"``: every parameter. Frozen parameters
-            (``requires_grad=False``) stay.
+            a batch-norm behind one without bias. ``"all"``: every parameter. Frozen parameters (``requires_grad=False``) stay.
         steps: steps of the optimizer.
         batch_size: samples in a step.
         learning_rate: of the first step.
@@ -106,7 +113,7 @@ def distill(
         if not isinstance(model, nn.Module):
             raise InvalidInput(f"distill: {name} must be an nn.Module, found {type(model).__name__}")
     source = opened(pruned, encoders=False)
-    names = _pruned_layers(source, opened(reference, encoders=False))
+    names = zeroed_layers(source, opened(reference, encoders=False), "distill")
     batches = Calibration(calibration)
     place = device_of(source, device)
     with random_state_kept(place), shown(progress) as advance:
@@ -116,7 +123,10 @@ def distill(
         _compare_forms(student, teacher, first)
         groups = stacked(batches, teacher)
         kept, unseen = split(groups, holdback, generator)
-        learned = _learned(source, student, teacher, names, learn, first)
+        norms = _norms(teacher, names, first) if learn == "pruned" else {}
+        learned = learnable(student.model, names, norms, learn, "distill")
+        for name, parameter in student.model.named_parameters():
+            parameter.requires_grad_(name in learned)
         measure = _Loss(student, teacher, loss, temperature, _mean_square(teacher, groups))
         before, unseen_before = _discrepancy(student, teacher, groups), _discrepancy(student, teacher, unseen) if unseen else None
         run = _Run(student, learned, measure, kept, unseen, generator, batch_size, mixing)
@@ -281,32 +291,6 @@ def _check(
         raise InvalidInput(f"distill: holdback is a share of the samples and must lie in [0, 1), found {holdback!r}")
 
 
-def _pruned_layers(model: nn.Module, reference: nn.Module) -> list[str]:
-    """Names of the layers that hold zeros and are not as in the reference network, which may hold zeros, too.
-
-    Refuses a model without any, or with values that are not finite.
-    """
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise InvalidInput(f"distill: {name} of the pruned model holds NaN or inf; prune it again")
-    found = [name for name, module in model.named_modules() if is_prunable(module) and bool((module.weight == 0).any())]
-    if not found:
-        raise InvalidInput("distill: the pruned model has no zero weights; prune it first, or train it in the ordinary way")
-    modules, theirs = dict(model.named_modules()), dict(reference.named_modules())
-    changed = [name for name in found if not _same_weight(modules[name], theirs.get(name))]
-    if not changed:
-        raise InvalidInput(
-            f"distill: the layers that hold zeros ({', '.join(found[:6])}) are those of the reference network: nothing was pruned; "
-            "give the network as it was before"
-        )
-    return changed
-
-
-def _same_weight(layer: nn.Module, other: nn.Module | None) -> bool:
-    weight, theirs = layer.weight, getattr(other, "weight", None)
-    return isinstance(weight, Tensor) and isinstance(theirs, Tensor) and torch.equal(weight.cpu(), theirs.to("cpu", weight.dtype))
-
-
 def _working_copy(model: nn.Module, place: torch.device) -> Replica:
     """A copy in eval mode whose arithmetic is float32 where the model is held in half precision, and otherwise its own."""
     twin = replicate(model, place, None)
@@ -316,25 +300,9 @@ def _working_copy(model: nn.Module, place: torch.device) -> Replica:
     return twin
 
 
-def _learned(
-    source: nn.Module, student: Replica, teacher: Replica, names: Sequence[str], learn: str, first: Any
-) -> dict[str, nn.Parameter]:
-    """The parameters that may change, by name."""
-    found = {name: parameter for name, parameter in student.model.named_parameters() if parameter.requires_grad}
-    if learn == "pruned":
-        wanted = {f"{name}.{label}" if name else label for name in names for label in ("weight", "bias")}
-        modules = dict(source.named_modules())
-        readings = read_graph(teacher, names, {}, first).readings
-        wanted |= {f"{readings[name].norm}.bias" for name in names if readings[name].norm and modules[name].bias is None}
-        found = {name: parameter for name, parameter in found.items() if name in wanted}
-    if not any(name in found for name in (f"{layer}.weight" if layer else "weight" for layer in names)):
-        raise InvalidInput(
-            f"distill: all weights of the pruned layers ({', '.join(names[:6])}) are frozen (requires_grad=False), so nothing can learn; "
-            "call requires_grad_(True) on a copy of the model"
-        )
-    for name, parameter in student.model.named_parameters():
-        parameter.requires_grad_(name in found)
-    return found
+def _norms(teacher: Replica, names: Sequence[str], first: Any) -> dict[str, str]:
+    """The batch-norm that is folded into each layer."""
+    return {name: reading.norm for name, reading in read_graph(teacher, names, {}, first).readings.items()}
 
 
 def _mean_square(teacher: Replica, groups: Sequence[Group]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx, nn
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from . import preimage
 from .attention import AttentionLayers
 from .nodes import (
+    COUNTING,
     activation_of,
     adds,
     adds_number,
@@ -66,6 +67,7 @@ class Graph:
     tail: Chain = Chain((), "no layer is on the way to the output")
     plain: frozenset[str] = frozenset()
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    corrections: Mapping[str, Correction] = field(default_factory=dict)
 
     def feeding(self, name: str, among: Iterable[str]) -> set[str]:
         """Those ``among`` the layers that the sum of layer ``name`` depends on, itself left out; empty for one that is added to nothing."""
@@ -90,12 +92,28 @@ class Graph:
         if not corrections:
             return self
         if self.traced is not None:
-            return _interpreted(self.traced, model, list(self.readings), corrections, self.plain)
+            return replace(_interpreted(self.traced, model, list(self.readings), corrections, self.plain), constants=self.constants)
         readings, chain = dict(self.readings), self.chain
         for name, correction in corrections.items():
             readings[name], kept = corrected(readings[name], correction)
             chain = Chain((), _contradicts(name)) if kept is None else chain
         return replace(self, readings=readings, chain=chain)
+
+    def where_trained(self, model: nn.Module, keys: Collection[str]) -> Graph:
+        """The same graph for a pruned network that differs from ``model`` in these keys of its state, besides its pruned layers.
+
+        Readings stay. No chain passes what else differs, because bounds follow only what both networks compute alike. A batch-norm that is
+        folded into a layer is part of that layer, in each network its own; what batch-norms count plays no part in eval mode.
+        """
+        modules = dict(model.named_modules())
+        moved = [key for key in keys if not _is_counter(key, modules)]
+        if not moved:
+            return self
+        if self.traced is not None:
+            made = _interpreted(self.traced, model, list(self.readings), self.corrections, self.plain, moved)
+            return replace(made, constants=self.constants)
+        ended = Chain((), f"{moved[0]} was changed too, and belongs to no certified layer")
+        return replace(self, chain=self.chain if self.chain.reason else ended, tail=self.tail if self.tail.reason else ended)
 
 
 def read(
@@ -138,9 +156,14 @@ def read(
 
 
 def _interpreted(
-    traced: fx.Graph, model: nn.Module, names: list[str], corrections: Mapping[str, Correction], plain: frozenset[str]
+    traced: fx.Graph,
+    model: nn.Module,
+    names: list[str],
+    corrections: Mapping[str, Correction],
+    plain: frozenset[str],
+    moved: Collection[str] = (),
 ) -> Graph:
-    """Readings and chains of a graph that was traced."""
+    """Readings and chains of a graph that was traced; ``moved`` are keys of the model's state that differ besides the layers' own."""
     modules = dict(model.named_modules())
     calls: dict[str, list[Node]] = {}
     for node in traced.nodes:
@@ -160,8 +183,10 @@ def _interpreted(
         consumed.update(node for part, node in parts if part in (kept or ()))  # what else really follows is still to be counted
         readings[name] = reading
     totals = {name: reading.total for name, reading in readings.items()}
-    chain, tail = (_chain(traced, modules, totals, consumed, contradicted, last=last) for last in (False, True))
-    return Graph(readings, chain, traced=traced, tail=tail, plain=plain)
+    folded = tuple(f"{reading.norm}." for reading in readings.values() if reading.norm)
+    apart = {node for node in traced.nodes if _differs(node, moved, folded)}
+    chain, tail = (_chain(traced, modules, totals, consumed, contradicted, apart, last=last) for last in (False, True))
+    return Graph(readings, chain, traced=traced, tail=tail, plain=plain, corrections=corrections)
 
 
 def _contradicts(name: str) -> str:
@@ -258,19 +283,26 @@ def _follow(
 
 
 def _chain(
-    graph: fx.Graph, modules: Mapping[str, nn.Module], layers: Mapping[str, str], consumed: set[Node], contradicted: set[str], *, last: bool
+    graph: fx.Graph,
+    modules: Mapping[str, nn.Module],
+    layers: Mapping[str, str],
+    consumed: set[Node],
+    contradicted: set[str],
+    apart: set[Node],
+    *,
+    last: bool,
 ) -> Chain:
     """Follows the one path from the first layer asked for (or the ``last`` one) to the output, as far as there is one.
 
     Nothing before the first matters: both networks agree there, and so do branches that depend on none of the layers. From the last
     one on, the sum that its reading names may hold other branches: its distance is that of the whole sum. ``layers`` maps each layer to
-    that sum.
+    that sum. ``apart`` are the nodes at which the two networks differ besides: no step of a chain speaks of them.
     """
     used = _used(graph)
     calls = [node for node in graph.nodes if node in used and _changes(node, layers)]
     if not calls:
         return Chain((), "no layer that can be pruned is on the way to the output")
-    changed = _depending(calls)
+    changed = _depending([*calls, *apart])
     steps: list[Step] = []
     seen: set[str] = set()
     waiting = ""  # the sum that the last layer's reading speaks of, until it is passed: a step speaks of the whole sum or not at all
@@ -278,8 +310,10 @@ def _chain(
     def ended(reason: str) -> Chain:
         return Chain(tuple(steps[:-1] if waiting else steps), reason)
 
-    begin = node = calls[-1 if last else 0]
+    begin = node = calls[-1] if last else next(node for node in graph.nodes if node in calls or (node in used and node in apart))
     while True:
+        if node in apart:
+            return ended(f"{label(node, modules)} was changed too, and is no certified layer")
         name = str(node.target) if node.op == "call_module" else ""
         if node.op == "output":
             if node.args[0] not in changed:
@@ -290,7 +324,9 @@ def _chain(
         others = len(node.all_input_nodes) - len(inputs)  # a sum that a reading names was seen to have the layer's own shape
         whole = last and node.name == layers.get(str(begin.target))
         if node is not begin and not whole and (len(inputs) != 1 or (others and node not in consumed)):
-            return ended(f"{label(node, modules)} has more than one input")
+            moved = next((other for other in graph.nodes if other in apart and not _depending([other]).isdisjoint(inputs)), None)
+            also = "" if moved is None else f", and {label(moved, modules)} was changed too"
+            return ended(f"{label(node, modules)} has more than one input{also}")
         if name and hooked(modules[name]):
             return ended(f"{label(node, modules)} has hooks, whose effect is not known")
         # a layer that is not pruned counts only when it is known to compute x W + b; those that are pruned were checked on data
@@ -335,6 +371,20 @@ def _changes(node: Node, layers: Iterable[str]) -> bool:
     if node.op == "call_module":
         return any(_inside(layer, str(node.target)) for layer in layers)
     return node.op == "get_attr" and any(str(node.target).startswith(layer + ".") for layer in layers)
+
+
+def _is_counter(key: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether an entry of the state is a batch-norm's count of batches, which is read in training only."""
+    owner, _, entry = key.rpartition(".")
+    return entry == "num_batches_tracked" and type(modules.get(owner)) in COUNTING
+
+
+def _differs(node: Node, moved: Collection[str], folded: tuple[str, ...]) -> bool:
+    """Whether a node calls or reads what differs; a batch-norm that is ``folded`` into a layer is called as a part of it."""
+    target = str(node.target)
+    if node.op == "call_module":
+        return any(key.startswith(f"{target}.") and not key.startswith(folded) for key in moved)
+    return node.op == "get_attr" and any(key == target or key.startswith(f"{target}.") for key in moved)
 
 
 def _depending(nodes: Iterable[Node]) -> set[Node]:

@@ -145,6 +145,7 @@ _KEEPING_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Drop
 _KEEPING_METHODS = {"contiguous", "clone"}
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+COUNTING = (*NORMS, nn.BatchNorm3d, nn.SyncBatchNorm)  # what counts batches in training, and does not read the count in eval mode
 _ADDITIONS = {operator.add, operator.iadd, torch.add}
 
 

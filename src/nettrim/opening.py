@@ -29,6 +29,12 @@ def how_opened(given: nn.Module, place: torch.device, batch: Any) -> tuple[bool,
     return (False, HIDDEN) if _agree(expected, opened(given, encoders=False), place, batch) else (True, OTHER)
 
 
+def alike(model: nn.Module, other: nn.Module, place: torch.device, batch: Any) -> bool:
+    """Whether two models run on a batch and put out the same, up to what the order of sums changes."""
+    expected = _outputs(replicate(model, place, None), batch)
+    return expected is not None and _agree(expected, other, place, batch)
+
+
 def _outputs(replica: Replica, batch: Any) -> Outputs | None:
     try:
         return outputs_of(replica.run(batch))

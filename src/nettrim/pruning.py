@@ -19,6 +19,7 @@ from .calibration import Batches, Calibration
 from .capture import (
     Scan,
     device_of,
+    hashes,
     random_state_kept,
     read_graph,
     reference_replica,
@@ -61,7 +62,15 @@ class PruneResult:
 
         With ``compressed``, tensors with many zeros are stored as values and positions (docs/files.md). ``load`` and ``verify``
         restore them to the last bit; other readers of safetensors see packed bytes.
+
+        Raises:
+            InvalidInput: the model was changed since its certificate was made; or the folder cannot be written to.
         """
+        if hashes(opened(self.model)) != self.certificate.weights_hash:
+            raise InvalidInput(
+                "save: the model's weights are not those that its certificate speaks of: they were changed afterwards; "
+                "nettrim.recertify(result, result.model, model, calibration) makes a result that speaks of them"
+            )
         from .checkpoint import save  # checkpoint renders the page; only those who save need it
 
         return save(self, folder, compressed=compressed)

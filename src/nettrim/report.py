@@ -24,7 +24,8 @@ class LayerReport:
     targets), and the norm of the layer's reference output; they are the certificate's numbers. ``target`` is ``"epsilon 0.02"``,
     ``"sparsity 0.9"``, ``"penalty 3"``, ``"pattern 2:4"`` or ``"inflation 1.05"``: that many times the original weights'
     distance, which gamma gave. ``violation`` is the most by which a constraint of the published program is missed, in units of the
-    pre-activations (``None`` for programs without constraints).
+    pre-activations (``None`` for programs without constraints). ``norm`` names the batch-norm that is folded into the layer (empty for
+    none).
     """
 
     name: str
@@ -48,6 +49,7 @@ class LayerReport:
     dead_inputs: int
     notes: tuple[str, ...] = ()
     violation: float | None = None
+    norm: str = ""
 
     @property
     def density(self) -> float:

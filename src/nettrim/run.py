@@ -259,6 +259,7 @@ class Run:
                 dead_inputs=program.dead_inputs(),
                 notes=tuple(notes),
                 violation=solution.violation,
+                norm=reading.norm,
             )
         )
         kind = self.method.certified_program if solution.gap is not None and exact else ""

@@ -62,7 +62,7 @@ def _matches(given: Sequence[str], prunable: Sequence[str], modules: Mapping[str
             pattern = _pattern(key, what)
             fits = [name for name in modules if name and pattern.fullmatch(name)]
         else:
-            fits = [key] if key in modules and key else []
+            fits = [key] if key in (modules if key else prunable) else []  # a model may be the layer itself
         if not fits:
             raise UnknownLayer(_unknown(key, [name for name in (prunable if must_prune else modules) if name], what))
         below = [name for name in prunable if any(name == fit or name.startswith(fit + ".") for fit in fits)]

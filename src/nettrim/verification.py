@@ -62,7 +62,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a certificate says of the run: method, program, scheme, arithmetic, seed and the cap on samples."""
+    """What a certificate says of the run: method, program, scheme, arithmetic, seed, the cap on samples, and what else was trained."""
 
     method: str
     program: str
@@ -72,6 +72,7 @@ class Setup:
     seed: int
     reference_hash: str
     weights_hash: str
+    trained: tuple[str, ...] = ()
 
 
 def rounding_of(reference: Replica) -> float:
@@ -151,6 +152,7 @@ def certify(
         versions=versions(),
         layers=layers,
         network=_network(bounds, output, layers, setup.scheme, rounding_of(reference)),
+        trained=setup.trained,
     )
 
 

@@ -17,7 +17,6 @@ from .capture import Replica, device_of, hashes, random_state_kept, read_graph, 
 from .certificate import Certificate, HeldOutCertificate
 from .checkpoint import contradictions, load, read_certificate, read_report
 from .corrections import corrected_graph, corrections_of
-from .graph import Graph
 from .heldout import certify_heldout
 from .heldout import contradictions as heldout_contradictions
 from .layers import add_bias, can_take_bias
@@ -29,6 +28,7 @@ from .report import PruneReport
 from .report_check import AGREEMENT, differences, unlike
 from .selection import select
 from .status import CertificateError, InvalidInput
+from .trained import differing, own_keys
 from .verification import Claim, Setup, certify
 
 # what nothing here can tell, by the names of fields; see also _not_checked
@@ -57,8 +57,9 @@ def verify(
     """Recomputes every number of the certificate in ``folder`` and returns the recomputed certificate.
 
     Checked as well: that the report states the certificate's numbers, that targets, budgets and settings fit together, that the counts over
-    the whole model are those of the weights, and that nothing but the weights and biases of certified layers differs from the reference
-    model. What was not checked, because nothing here can tell, is named in ``not_checked`` of what is returned, by the names of its fields.
+    the whole model are those of the weights, and that nothing differs from the reference model but the weights and biases of certified
+    layers and what the certificate names as trained besides (``trained``). What was not checked, because nothing here can tell, is named in
+    ``not_checked`` of what is returned, by the names of its fields.
 
     A certificate that recomputes, and says that what was asked for is not met, is returned as well: look at its ``verdict``.
 
@@ -79,7 +80,7 @@ def verify(
     names = [layer.name for layer in stored.layers]
     _refuse_unusable(stored, names)
     given, model = model, opened(model)
-    modules = select(model, names, (), given)
+    select(model, names, (), given)
     place = device_of(model, device)
     problems = contradictions(folder)
     if hashes(model) != stored.reference_hash:
@@ -113,7 +114,10 @@ def verify(
         if sorted(added) != sorted(report.settings.get("added_biases", [])):
             problems.append(f"report: added_biases are not those of the weights, which are {added}")
         problems += unlike(report, stored, pruned_model, found, graph)
-        problems += changed_elsewhere(model, pruned_model, modules, graph)
+        own = own_keys(names, {name: reading.norm for name, reading in graph.readings.items()}, dict(pruned_model.named_modules()))
+        trained = differing(model, pruned_model, own)
+        problems += _changed_elsewhere(model, pruned_model, own, trained, stored)
+        graph = graph.where_trained(reference.model, trained)
         claims = []
         for layer in stored.layers:
             reading = graph.readings[layer.name]
@@ -134,6 +138,7 @@ def verify(
             seed=stored.seed,
             reference_hash=hashes(model),
             weights_hash=hashes(pruned_model),
+            trained=trained,
         )
         reference.graph = pruned.graph = graph
         again = certify(reference, pruned, claims, graph, batches, found, setup, within(advance, 1, pieces))
@@ -191,27 +196,24 @@ def stated_corrections(report: PruneReport, names: Sequence[str], modules: Mappi
     return corrections_of(readings, activations, names, modules)
 
 
-def changed_elsewhere(model: nn.Module, pruned: nn.Module, names: Sequence[str], graph: Graph) -> list[str]:
-    """State that differs from the reference model's outside the certified layers: no number of the certificate speaks of it.
-
-    The bias of a batch-norm that is folded into a layer without bias of its own belongs to that layer.
-    """
-    allowed = {f"{name}.{label}" if name else label for name in names for label in ("weight", "bias")}
-    allowed |= {
-        f"{reading.norm}.bias" for name, reading in graph.readings.items() if reading.norm and pruned.get_submodule(name).bias is None
-    }
-    before, after = model.state_dict(), pruned.state_dict()
-    storages = {before[key].data_ptr() for key in allowed if key in before}  # a module that is registered twice has several keys
-    more = [f"{key} is not in the reference model, and belongs to no certified layer" for key in after if key not in {*before, *allowed}]
-    return more + [
-        f"{key} differs from the reference model, but belongs to no certified layer"
-        for key, value in before.items()
-        if key not in allowed
-        and isinstance(value, torch.Tensor)
-        and value.data_ptr() not in storages
-        and not torch.equal(value, after[key])
-        and not (bool(value.isnan().any()) and torch.equal(value.nan_to_num(), after[key].nan_to_num()))
+def _changed_elsewhere(model: nn.Module, pruned: nn.Module, own: set[str], trained: Sequence[str], stored: Certificate) -> list[str]:
+    """State outside the certified layers that is not what the certificate says of it; ``trained`` is what differs there."""
+    before, stated = model.state_dict(), stored.trained
+    more = [key for key in pruned.state_dict() if key not in before and key not in own]
+    problems = [f"{key} is not in the reference model, and belongs to no certified layer" for key in more]
+    problems += [
+        f"{key} differs from the reference model, but belongs to no certified layer, and the certificate does not name it as trained"
+        for key in trained
+        if key not in stated
     ]
+    problems += [
+        f"{key} is stated as trained besides the certified layers, but is as in the reference model, or belongs to one of them"
+        for key in stated
+        if key not in trained
+    ]
+    if not problems and stated != tuple(trained):
+        problems.append("trained: entries are stated twice, or in another order than the model's")
+    return problems
 
 
 def _heldout_arithmetic(stored: Certificate) -> list[str]:

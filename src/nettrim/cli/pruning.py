@@ -12,10 +12,11 @@ import typer
 from rich.console import Console
 
 from .. import checkpoint, render
-from ..distill import Distilled, distill
+from ..distill import distill
 from ..pruning import MAX_SAMPLES, PruneResult, prune
 from ..recertify import recertify
 from ..render import bench_files, bench_table
+from ..render.distilled import distilled_words
 from ..sources import batches_from, model_from
 from ..status import CertificateError, InvalidInput
 from ..verify import verify
@@ -77,6 +78,13 @@ class Counted(StrEnum):
     parameters = "parameters"
     bytes = "bytes"
     macs = "macs"
+
+
+class Learn(StrEnum):
+    """What fine-tuning may change."""
+
+    pruned = "pruned"
+    all = "all"
 
 
 class LossName(StrEnum):
@@ -251,6 +259,7 @@ def distill_command(
     heldout: Heldout = None,
     loss: Annotated[LossName, typer.Option(help="Squared discrepancy of the outputs, or divergence of softened classes.")] = LossName.mse,
     temperature: Annotated[float, typer.Option(help="Divides the logits of kl.")] = 8.0,
+    learn: Annotated[Learn, typer.Option(help="Train the pruned layers, or all parameters of the network.")] = Learn.pruned,
     steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 4000,
     step_samples: Annotated[int, typer.Option(help="Samples in a step.")] = 128,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of the first step.")] = 3e-3,
@@ -277,6 +286,7 @@ def distill_command(
         batches,
         loss=loss.value,
         temperature=temperature,
+        learn=learn.value,
         steps=steps,
         batch_size=step_samples,
         learning_rate=learning_rate,
@@ -287,7 +297,7 @@ def distill_command(
         progress=not as_json,
     )
     result = recertify(saved, made.model, network, batches, heldout=unseen, device=device, progress=not as_json)
-    result = replace(result, report=replace(result.report, notes=(*result.report.notes, _words(made))))
+    result = replace(result, report=replace(result.report, notes=(*result.report.notes, distilled_words(made))))
     result.save(output, compressed=compressed)
     if as_json:
         told = {item.name: getattr(made, item.name) for item in fields(made) if item.name != "model"}
@@ -296,16 +306,3 @@ def distill_command(
     else:
         show(result.report, result.certificate, output, as_json)
     exit_unless_met(result.certificate)
-
-
-def _words(made: Distilled) -> str:
-    """What the fine-tuning did, in one sentence."""
-    held = (
-        ""
-        if made.unseen_before is None or made.unseen_after is None
-        else f", {made.unseen_before:.2%} to {made.unseen_after:.2%} on the samples held back"
-    )
-    return (
-        f"fine-tuned without labels: the outputs' discrepancy went from {made.before:.2%} to {made.after:.2%}{held} "
-        f"(step {made.best} of {made.steps} is kept)"
-    )

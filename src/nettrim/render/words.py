@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..certificate import Certificate, HeldOutCertificate, LayerCertificate
+from ..certificate import Certificate, HeldOutCertificate, LayerCertificate, by_module
 from ..preimage import named
 from ..report import LayerReport, PruneReport
 from ..status import InvalidInput
@@ -41,6 +41,7 @@ def certificate_words(certificate: Certificate) -> list[str]:
         *_scheme_words(certificate),
         *_network_words(certificate),
         *_gap_words(certificate),
+        *_trained_words(certificate),
         *_heldout_words(certificate),
         "To check it yourself, run `nettrim verify DIR ...` with the reference network and the same calibration data: it recomputes every "
         "number from the files, compares the hashes of data and weights, and fails when a number does not hold.",
@@ -215,6 +216,15 @@ def _gap_words(certificate: Certificate) -> list[str]:
             where = f"(layer {quoted(layer.name)}, {level} {number(layer.gap_level)})"
             words.append(f"{meaning}, by duality; the largest gap of {plural(len(gaps), 'layer')} is {percent(gap, +1)} {where}.")
     return words
+
+
+def _trained_words(certificate: Certificate) -> list[str]:
+    if not certificate.trained:
+        return []
+    return [
+        f"Trained besides the pruned layers: {clean(by_module(certificate.trained))}. All numbers speak of the network with these as they "
+        "are now; a bound that would rest on what they were is not claimed."
+    ]
 
 
 def _changes_words(heldout: HeldOutCertificate) -> str:
