@@ -267,6 +267,8 @@ def _compare(stored: Certificate, again: Certificate, reference: Replica) -> lis
         beyond = not new.met and old.tolerance is not None and old.gap_level > old.tolerance  # what was aimed at instead
         if old.gap_kind == "epsilon" and old.gap_level != old.tolerance and not beyond:
             problems.append(f"{old.name}: gap_level is {old.gap_level}, but the tolerance is {old.tolerance}")
+        if not old.gap_kind and old.gap_level:
+            problems.append(f"{old.name}: gap_level is {old.gap_level}, but there is no gap")
     old_network, new_network = stored.network.__dict__, again.network.__dict__
     said = ("scheme", "output_layer", "rows", "sound", "classes", "integer_changes", "changed", "not_compared")
     problems += differences("network", old_network, new_network, said, exact=True)
