@@ -26,7 +26,7 @@ def net() -> nn.Sequential:
 
 
 def weights_after(model: nn.Module, batches: Any) -> list[Tensor]:
-    return list(prune(model, batches, Magnitude(0.5), progress=False).model.state_dict().values())
+    return list(prune(model, batches, Magnitude(sparsity=0.5), progress=False).model.state_dict().values())
 
 
 # --- what is accepted ---------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distill")
     for name, seed in (("data", 0), ("others", 1), ("heldout", 2)):
         np.save(folder / f"{name}.npy", images(seed).numpy())
-    nettrim.prune(network(), [images()], nettrim.Magnitude(0.6), progress=False).save(folder / "pruned")
+    nettrim.prune(network(), [images()], nettrim.Magnitude(sparsity=0.6), progress=False).save(folder / "pruned")
     return folder
 
 
@@ -135,7 +135,7 @@ def test_settings_outside_their_range_are_refused(workplace: Path, monkeypatch: 
 
 def test_a_model_without_zeros_is_refused(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = workplace / "dense"
-    nettrim.prune(network(), [images()], nettrim.Magnitude(0.6), progress=False).save(folder)
+    nettrim.prune(network(), [images()], nettrim.Magnitude(sparsity=0.6), progress=False).save(folder)
     save_file(network().state_dict(), folder / "model.safetensors")
     done = command(workplace, monkeypatch, "distill", "dense", MODEL, "--data", "data.npy", "--output", "refused")
     assert done.exit_code == 2 and "no zero weights" in done.stderr, done.output

@@ -179,5 +179,5 @@ def test_an_option_in_words() -> None:
 
 
 def test_seeds_are_for_methods_that_draw() -> None:
-    assert method_from("random", {"sparsity": 0.5}, 7) == nettrim.Random(0.5, seed=7)
-    assert method_from("wanda", {"sparsity": 0.5, "pattern": None}, 7) == nettrim.Wanda(0.5)
+    assert method_from("random", {"sparsity": 0.5}, 7) == nettrim.Random(sparsity=0.5, seed=7)
+    assert method_from("wanda", {"sparsity": 0.5, "pattern": None}, 7) == nettrim.Wanda(sparsity=0.5)

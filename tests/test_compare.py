@@ -79,7 +79,7 @@ def test_every_method_at_every_sparsity(comparison: Comparison) -> None:
 
 def test_the_numbers_are_those_of_the_pruned_network(comparison: Comparison) -> None:
     model, batches = network(), labelled()
-    result = nettrim.prune(model, images(), nettrim.Magnitude(0.8), heldout=batches, progress=False)
+    result = nettrim.prune(model, images(), nettrim.Magnitude(sparsity=0.8), heldout=batches, progress=False)
     run = next(run for run in comparison.runs if (run.method, run.sparsity) == ("Magnitude", 0.8))
     x = torch.cat([batch for batch, _ in batches])
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_settings_reach_every_run() -> None:
         network(), images(), methods="RANDOM", sparsities=[0.5], scheme="parallel", layers=["1", "3"], ignore=["3"], seed=4, progress=False
     )
     own = nettrim.prune(
-        network(), images(), nettrim.Random(0.5, seed=4), scheme="parallel", layers=["1"], seed=4, progress=False
+        network(), images(), nettrim.Random(sparsity=0.5, seed=4), scheme="parallel", layers=["1"], seed=4, progress=False
     ).certificate.network
     assert parallel.runs[0].calibration_discrepancy == own.achieved / own.reference_norm
     assert list(parallel.runs[0].densities) == ["1"]

@@ -33,7 +33,7 @@ def images(count: int = 40) -> Tensor:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     np.save(folder / "data.npy", images().numpy())
-    nettrim.prune(network(), [images()], nettrim.Magnitude(0.9), progress=False).save(folder / "pruned")
+    nettrim.prune(network(), [images()], nettrim.Magnitude(sparsity=0.9), progress=False).save(folder / "pruned")
     save_file(fully_connected((12, 16, 10, 4), seed=4).state_dict(), folder / "other.safetensors")
     return folder
 

@@ -26,10 +26,11 @@ from .capture import (
     scan,
 )
 from .certificate import Certificate
+from .choice import check_order, method_of
 from .corrections import Parts, corrected_graph, corrections_of
 from .heldout import certify_heldout, check_heldout
 from .layers import view
-from .methods import Method
+from .methods import Method, PerLayer
 from .methods.targets import check_room
 from .opening import how_opened
 from .preimage import Activation
@@ -84,8 +85,10 @@ class PruneResult:
 def prune(
     model: nn.Module,
     calibration: Batches,
-    method: Method,
+    method: Method | None = None,
     *,
+    sparsity: PerLayer | None = None,
+    epsilon: PerLayer | None = None,
     scheme: Literal["cascade", "parallel"] = "cascade",
     allocation: Literal["uniform", "global"] = "uniform",
     target: Literal["parameters", "bytes", "macs"] = "parameters",
@@ -109,7 +112,10 @@ def prune(
         calibration: unlabelled batches that can be read more than once: tensors, tuples whose first item is the input, or mappings of
             keyword inputs; or one tensor with samples along its first dimension.
         method: ``NetTrim(...)``, or one to measure against: ``Magnitude``, ``Random``, ``Wanda``, ``OBS``, ``SparseGPT``,
-            ``LinearADMM``, ``LOBS``.
+            ``LinearADMM``, ``LOBS``. Instead of a method, ``sparsity`` or ``epsilon``.
+        sparsity: ``NetTrim(sparsity=...)`` with its defaults: the fraction of weights that become zero, in [0, 1); a number, or a mapping
+            from layer name (or ``re:pattern``) to number.
+        epsilon: ``NetTrim(epsilon=...)`` with its defaults: how far each layer's output may move, relative to its norm; in the same forms.
         scheme: ``"parallel"`` (every layer sees the reference network's inputs) or ``"cascade"`` (the pruned network's).
         allocation: ``"uniform"`` gives every layer the method's target. ``"global"`` shares one sparsity out over all pruned layers so that
             the network's outputs move least, from a curve of error against density measured for each layer (magnitude pruning: by one
@@ -145,10 +151,10 @@ def prune(
     started = time.perf_counter()
     if scheme not in ("cascade", "parallel"):
         raise InvalidInput(f"scheme must be 'cascade' or 'parallel', found {scheme!r}")
+    check_order(model, calibration)
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"model must be an nn.Module, found {type(model).__name__}")
-    if isinstance(method, type) or not callable(getattr(method, "solve", None)):
-        raise InvalidInput(f"method must be a pruning method such as nettrim.NetTrim(epsilon=0.02), found {method!r}")
+    method = method_of(method, sparsity, epsilon)
     if isinstance(max_samples, bool) or not isinstance(max_samples, int) or max_samples < 1:
         raise InvalidInput(f"max_samples must be a whole number of at least 1, found {max_samples!r}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:

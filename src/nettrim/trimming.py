@@ -19,6 +19,7 @@ from .deploy.follow import LAYERS, arguments
 from .deploy.removal import library
 from .outputs import outputs_of
 from .progress import Advance, shown
+from .methods.settings import settings
 from .retraining import check_labelled, check_trainable, retrain
 from .status import InvalidInput
 
@@ -29,7 +30,7 @@ Train = Callable[[nn.Module, int], object]
 Score = Callable[[nn.Module], float]
 
 
-@dataclass(frozen=True)
+@settings
 class NetworkTrimming:
     """The settings of :func:`trim`.
 
