@@ -98,7 +98,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"input": data()}, "found dict; put the one batch into a list"),
     (data().numpy(), "found ndarray; use torch.from_numpy"),
     (NoIteration(), "found NoIteration"),
-    (3, "found int"),
+    (3, "found the number 3"),
     (None, "found NoneType"),
     ([], "is empty"),
     (torch.zeros(5), "samples along its first dimension, found shape \\(5,\\)"),

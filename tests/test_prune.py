@@ -435,7 +435,7 @@ def test_selection(settings: dict[str, Any], expected: list[str]) -> None:
         ({"activations": {"head": preimage.Activation("relu", low=0.1)}}, InvalidInput, "its name 'relu' means another activation"),
         ({"method": NetTrim(sparsity={"head2": 0.5})}, UnknownLayer, "NetTrim.sparsity: no layer fits 'head2'; the nearest is 'head'"),
         ({"method": NetTrim(epsilon={"re:x.*": 0.5})}, UnknownLayer, "pattern 're:x"),
-        ({"method": 0.5}, InvalidInput, "method must be a pruning method"),
+        ({"method": 0.5}, InvalidInput, r"write nettrim.prune\(model, data, sparsity=0.5\)"),
         ({"method": Magnitude}, InvalidInput, "method must be a pruning method"),
         ({"scheme": "serial"}, InvalidInput, "scheme must be 'cascade' or 'parallel', found 'serial'"),
         ({"max_samples": 0}, InvalidInput, "max_samples must be a whole number of at least 1, found 0"),

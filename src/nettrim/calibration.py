@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .status import InvalidInput
 
@@ -47,6 +48,7 @@ class Calibration:
             )
         self.batches = batches
         self.fingerprints: list[tuple[Any, ...]] | None = None
+        self.form: dict[str, Any] | None = None  # of the keyword inputs: plain values, which decide what a model does
 
     @property
     def count(self) -> int:
@@ -65,6 +67,7 @@ class Calibration:
             count += 1
             if self.fingerprints is None:
                 check_batch(batch, count, self.what)
+                self._check_form(batch, count)
                 seen.append(_fingerprint(batch))
             elif count > len(self.fingerprints) or self.fingerprints[count - 1] != _fingerprint(batch):
                 raise InvalidInput(
@@ -81,6 +84,21 @@ class Calibration:
                 f"{self.what}: this pass had {count} batches, the first one {len(self.fingerprints)}; every pass must see the same data"
             )
 
+    def _check_form(self, batch: Any, number: int) -> None:
+        """Refuses keyword inputs with other names or plain values than the first batch's: they decide what a model computes."""
+        form = {key: None if isinstance(value, Tensor) else repr(value) for key, value in (keywords_of(batch) or {}).items()}
+        if number == 1:
+            self.form = form
+        elif form != self.form:
+            found, first = (
+                ", ".join(key if value is None else f"{key}={value}" for key, value in each.items()) or "no keyword inputs"
+                for each in (form, self.form or {})
+            )
+            raise InvalidInput(
+                f"{self.what}: batch {number} gives {found}, the first one {first}; every batch must call the model in the same way: "
+                "give the same keys in all, or use those batches alone that do"
+            )
+
 
 def forward(model: nn.Module, batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     """Runs the model on the inputs of a batch, moved to ``device``; floating-point inputs are cast to ``dtype`` when it is given."""
@@ -93,9 +111,11 @@ def forward(model: nn.Module, batch: Any, device: torch.device, dtype: torch.dty
         moved = moved.to(dtype) if dtype is not None and value.is_floating_point() else moved
         return moved.clone() if moved.data_ptr() == value.data_ptr() else moved  # a model may work in place
 
+    # a GraphModule's own call prints a traceback of generated code before it raises
+    call = partial(nn.Module.__call__, model) if isinstance(model, fx.GraphModule) else model
     if isinstance(inputs, Mapping):
-        return model(**{key: move(value) for key, value in inputs.items()})
-    return model(move(inputs))
+        return call(**{key: move(value) for key, value in inputs.items()})
+    return call(move(inputs))
 
 
 def labels(batch: Any) -> Tensor | None:
@@ -186,6 +206,12 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
 def inputs_of(batch: Any) -> Any:
     """The model's input in a batch: the first item of a tuple or list, or the batch itself."""
     return batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+
+
+def keywords_of(batch: Any) -> Mapping[str, Any] | None:
+    """The keyword inputs of a batch; ``None`` where its input is one positional tensor."""
+    inputs = inputs_of(batch)
+    return inputs if isinstance(inputs, Mapping) else None
 
 
 def _tensors(batch: Any) -> list[Tensor]:

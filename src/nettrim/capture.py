@@ -238,8 +238,7 @@ def reference_replica(model: nn.Module, device: torch.device, first_batch: Any) 
 
 def read_graph(reference: Replica, names: Sequence[str], stated: Mapping[str, Activation], batch: Any) -> Graph:
     """Reads the reference network's graph for calls like that of ``batch``, and checks on it that the graph computes the same."""
-    inputs = data.inputs_of(batch)
-    given = list(inputs) if isinstance(inputs, Mapping) else None
+    given = data.keywords_of(batch)
 
     def agrees(module: nn.Module) -> bool:
         traced = Replica(module, reference.device, reference.dtype)

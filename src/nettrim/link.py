@@ -184,7 +184,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str, label: str) -> Tensor:
 
 def _read(reference: Replica, names: Sequence[str], batch: object) -> tuple[Graph, list[fx.Node]]:
     """The reading of the model, and the nodes of the graph that it was read from; that graph computes what the model does."""
-    inputs = data.inputs_of(batch)
     steps: list[fx.Node] = []
 
     def agrees(module: nn.Module) -> bool:
@@ -192,7 +191,7 @@ def _read(reference: Replica, names: Sequence[str], batch: object) -> tuple[Grap
         traced = Replica(module, reference.device, reference.dtype)
         return not disagreement(reference.run(batch), traced.run(batch), reference.precision)
 
-    graph = read(reference.model, names, given=list(inputs) if isinstance(inputs, Mapping) else None, agrees=agrees)
+    graph = read(reference.model, names, given=data.keywords_of(batch), agrees=agrees)
     return graph, steps
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import check_batch, inputs_of
+from ..calibration import check_batch, inputs_of, keywords_of, output_tensors
 from ..capture import Replica, device_of, random_state_kept, replicate
 from ..graph import read
 from ..layers import without_values
@@ -135,13 +136,12 @@ def outputs(twin: Replica, example: Any, what: str) -> Outputs:
 def channel_flow(twin: Replica, example: Any, what: str) -> Flow:
     """Where the channels go. Raises InvalidInput where the model's graph cannot be traced."""
     inputs = inputs_of(example)
-    given = list(inputs) if isinstance(inputs, Mapping) else None
 
     def agrees(module: nn.Module) -> bool:
         traced = Replica(module, twin.device, twin.dtype)
         return largest_difference(outputs(twin, example, what), outputs(traced, example, what)) <= allowed_difference(twin.model)
 
-    graph = read(twin.model, (), given=given, agrees=agrees)
+    graph = read(twin.model, (), given=keywords_of(example), agrees=agrees)
     if graph.traced is None:
         raise InvalidInput(
             f"{what}: {graph.notice.removesuffix(': matched linearly')}; channels can be removed only where torch.fx shows who reads them: "

@@ -50,9 +50,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def readings(value: object, takes: list[str]) -> list[tuple[str, str]]:
+def readings(value: Any, takes: list[str]) -> list[tuple[str, str]]:
     """What a bare number could mean among the settings ``takes``: the setting written out, and what it says."""
-    return [(f"{name}={value!r}", words) for name, words in READINGS.items() if name in takes]
+    shares = value.values() if isinstance(value, Mapping) else [value]
+    fits = {name: name != "sparsity" or all(0 <= share < 1 for share in shares) for name in READINGS}
+    return [(f"{name}={value!r}", words) for name, words in READINGS.items() if name in takes and fits[name]]
 
 
 def _misplaced(name: str, values: tuple[Any, ...], takes: list[str]) -> str:
