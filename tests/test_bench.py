@@ -346,7 +346,7 @@ def test_a_batch_size_that_the_model_refuses_is_noted() -> None:
         ({"seconds": float("nan")}, "seconds"),
         ({"reference": fully_connected((12, 5), seed=0)}, r"\[\(40, 5\)\]"),
         ({"reference": fully_connected((11, 4), seed=0)}, "reference"),
-        ({"reference": "network"}, "reference: model must be an nn.Module"),
+        ({"reference": "network"}, "bench: reference must be an nn.Module"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], words: str) -> None:

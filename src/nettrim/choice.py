@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -61,8 +62,9 @@ def method_of(method: Any, sparsity: PerLayer | None, epsilon: PerLayer | None) 
     return method  # type: ignore[no-any-return]
 
 
-def check_order(model: object, calibration: object) -> None:
+def check_order(given: Mapping[str, Any]) -> None:
     """Refuses arguments of ``prune`` that stand in each other's place."""
+    calibration = given["calibration"]
     if _solves(calibration):
         raise InvalidInput("prune: the second argument is a method; the order is nettrim.prune(model, data, method)")
     if is_number(calibration):

@@ -38,6 +38,8 @@ from .records import build
 from .selection import select
 from .status import InvalidInput
 from .verification import versions
+from .verification import check_heldout, versions
+from .wrappers import takes_models
 
 ALL = "all"
 JOURNAL = "compare.jsonl"
@@ -175,6 +177,7 @@ def _cut(batch: Any, count: int, held: int) -> Any:
     return tuple(_cut(value, count, held) for value in batch) if isinstance(batch, (tuple, list)) else batch
 
 
+@takes_models("model")
 def compare(
     model: nn.Module,
     calibration: Batches,
@@ -216,8 +219,6 @@ def compare(
     """
     names = methods_named(methods, pattern)
     wanted = _runs(names, sparsities, pattern, seed)
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(f"model must be an nn.Module, found {type(model).__name__}")
     whole = opened(model)
     chosen = select(whole, layers, ignore, model)
     modules = dict(whole.named_modules())

@@ -21,6 +21,7 @@ from .progress import Advance, shown
 from .stacked import Group, differentiable, outputs, split, stacked
 from .status import InvalidInput
 from .trained import zeroed_layers
+from .wrappers import takes_models
 
 LOOKS = 40  # times that the held-back samples are looked at
 
@@ -55,6 +56,7 @@ class Distilled:
     __repr__ = __str__
 
 
+@takes_models("pruned", "reference")
 def distill(
     pruned: nn.Module,
     reference: nn.Module,
@@ -109,9 +111,6 @@ def distill(
     """
     started = time.perf_counter()
     _check(loss, temperature, learn, steps, batch_size, learning_rate, mixing, holdback, seed)
-    for name, model in (("pruned", pruned), ("reference", reference)):
-        if not isinstance(model, nn.Module):
-            raise InvalidInput(f"distill: {name} must be an nn.Module, found {type(model).__name__}")
     source = opened(pruned, encoders=False)
     names = zeroed_layers(source, opened(reference, encoders=False), "distill")
     batches = Calibration(calibration)

@@ -41,6 +41,7 @@ from .selection import resolve, select
 from .status import InvalidInput, NothingToPrune
 from .summary import result_text
 from .whole import reasons_of, whole_model
+from .wrappers import takes_models, unwrapped
 
 MAX_SAMPLES = 20_000
 
@@ -78,10 +79,11 @@ class PruneResult:
 
     def masks(self) -> dict[str, NDArray[np.bool_]]:
         """For each pruned layer, which weights are not zero, in the shape in which its module keeps them."""
-        modules = dict(opened(self.model).named_modules())
+        modules = dict(opened(unwrapped(self.model)).named_modules())
         return {layer.name: (view(layer.name, modules[layer.name]).weight.detach() != 0).cpu().numpy() for layer in self.report.layers}
 
 
+@takes_models("model", first=check_order)
 def prune(
     model: nn.Module,
     calibration: Batches,
@@ -151,9 +153,6 @@ def prune(
     started = time.perf_counter()
     if scheme not in ("cascade", "parallel"):
         raise InvalidInput(f"scheme must be 'cascade' or 'parallel', found {scheme!r}")
-    check_order(model, calibration)
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(f"model must be an nn.Module, found {type(model).__name__}")
     method = method_of(method, sparsity, epsilon)
     if isinstance(max_samples, bool) or not isinstance(max_samples, int) or max_samples < 1:
         raise InvalidInput(f"max_samples must be a whole number of at least 1, found {max_samples!r}")

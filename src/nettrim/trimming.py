@@ -22,6 +22,7 @@ from .progress import Advance, shown
 from .methods.settings import settings
 from .retraining import check_labelled, check_trainable, retrain
 from .status import InvalidInput
+from .wrappers import takes_models
 
 ZERO = 1e-9
 """A ReLU's output counts as zero up to this."""
@@ -126,6 +127,7 @@ class Trimmed:
         return trimmed_text(self)
 
 
+@takes_models("model")
 def trim(
     model: nn.Module,
     validation: Iterable[Any],

@@ -16,6 +16,7 @@ from ..graph import read
 from ..layers import without_values
 from ..outputs import Outputs, largest_difference, outputs_of
 from ..status import InvalidInput, NetTrimError
+from ..wrappers import takes_models
 from . import constants
 from .channels import Flow
 from .constants import Layer, Norm
@@ -69,6 +70,7 @@ class Compacted:
         return compacted_text(self)
 
 
+@takes_models("model")
 def compact(model: nn.Module, example: Any, *, device: torch.device | str | None = None) -> Compacted:
     """A copy of ``model`` without its dead neurons and channels; in eval mode it computes the same, to 1e-5 of the largest output.
 
