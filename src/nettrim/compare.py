@@ -23,6 +23,7 @@ from .calibration import Batches, Calibration
 from .capture import Replica, device_of, hashes, random_state_kept, replicate
 from .checkpoint import check_writable
 from .corrections import Parts, corrections_of
+from .diagnosis import cannot_run
 from .experiments.journal import Journal
 from .heldout import Reading, check_heldout, read_outputs
 from .layers import view
@@ -243,7 +244,8 @@ def compare(
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, InvalidInput):
                 raise
-            raise InvalidInput(f"{measured.what}: the model cannot run on it: {str(error).splitlines()[0]}") from error
+            reason = cannot_run(reference.model, reference.run, next(iter(measured.batches)), error)
+            raise InvalidInput(f"{measured.what}: the model cannot run on it: {reason}") from error
         settings = {
             "scheme": scheme,
             "layers": chosen,

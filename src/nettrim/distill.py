@@ -17,6 +17,9 @@ from .calibration import Batches, Calibration
 from .capture import Replica, device_of, random_state_kept, read_graph, replicate
 from .finetune import keep_zeros, learnable
 from .outputs import outputs_of, real, square, squares
+from .diagnosis import cannot_run
+from .finetune import keep_zeros
+from .layers import is_prunable
 from .progress import Advance, shown
 from .stacked import Group, differentiable, outputs, split, stacked
 from .status import InvalidInput
@@ -156,7 +159,8 @@ def _compare_forms(student: Replica, teacher: Replica, first: Any) -> None:
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, InvalidInput):
                 raise
-            raise InvalidInput(f"distill: the {name} model cannot run on the calibration data: {str(error).splitlines()[0]}") from error
+            reason = cannot_run(model.model, model.run, first, error)
+            raise InvalidInput(f"distill: the {name} model cannot run on the calibration data: {reason}") from error
     if found[0] != found[1]:
         raise InvalidInput(
             f"distill: the two models must put out tensors of the same shapes, found {found[0]} (pruned) and {found[1]} (reference); "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..calibration import check_batch, inputs_of
 from ..calibration import check_batch, inputs_of, keywords_of, output_tensors
 from ..capture import Replica, device_of, random_state_kept, replicate
+from ..diagnosis import cannot_run
 from ..graph import read
 from ..layers import without_values
 from ..outputs import Outputs, largest_difference, outputs_of
@@ -131,7 +132,7 @@ def outputs(twin: Replica, example: Any, what: str) -> Outputs:
     except InvalidInput:
         raise
     except Exception as error:  # a user's forward may raise anything
-        raise InvalidInput(f"{what}: the model cannot run on the example: {first_line(error)}") from error
+        raise InvalidInput(f"{what}: the model cannot run on the example: {cannot_run(twin.model, twin.run, example, error)}") from error
     return outputs_of(found)
 
 
