@@ -55,7 +55,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(*arguments: str) -> Result:
-    fixed = ["prune", f"{__name__}:small", "--data", "data.npy", "--output", "out", "--batch-size", "120", "--json"]
+    fixed = ["prune", f"{__name__}:small", "--untrained", "--data", "data.npy", "--output", "out", "--batch-size", "120", "--json"]
     return CliRunner().invoke(app, [*fixed, *arguments])
 
 

@@ -40,7 +40,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(workplace: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, expect: int = 0) -> Result:
     monkeypatch.chdir(workplace)
-    done = CliRunner().invoke(app, ["export", MODEL, "--data", "data.npy", *arguments])
+    done = CliRunner().invoke(
+        app, ["export", MODEL, "--data", "data.npy", *([] if "--weights" in arguments else ["--untrained"]), *arguments]
+    )
     assert done.exit_code == expect, done.output
     return done
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -50,8 +52,15 @@ def _start(
         typer.echo(SHORT)
 
 
-def _add(name: str, command: object, example: str, kind: type[Command] = Command) -> None:
-    app.command(name, cls=kind, epilog=f"Example: {example}")(told(command))  # type: ignore[arg-type]
+def _add(name: str, command: Callable[..., None], example: str, kind: type[Command] = Command) -> None:
+    lines = ["nettrim"]
+    for part in re.split(" (?=--)", example.removeprefix("nettrim ")):
+        if len(lines[-1]) + len(part) > 74:
+            lines[-1] += " \\"
+            lines.append(part)
+        else:
+            lines[-1] += f" {part}"
+    app.command(name, cls=kind, epilog="\n\n".join(["Example:", *lines]))(told(command))
 
 
 NET = "net.py:make --weights net.pt --data data.npz"
