@@ -313,8 +313,8 @@ def distill_command(
         progress=not as_json,
     )
     result = recertify(saved, made.model, network, batches, heldout=unseen, device=device, progress=not as_json)
-    result = replace(result, report=replace(result.report, notes=(*result.report.notes, distilled_words(made))))
     result = with_notes(result, source)
+    result = replace(result, report=replace(result.report, notes=(*result.report.notes, distilled_words(made))))
     result.save(output, compressed=compressed)
     if as_json:
         told = {item.name: getattr(made, item.name) for item in fields(made) if item.name != "model"}
