@@ -20,6 +20,7 @@ from .deploy.removal import library
 from .outputs import outputs_of
 from .progress import Advance, shown
 from .methods.settings import settings
+from .progress import Advance, shown
 from .retraining import check_labelled, check_trainable, retrain
 from .status import InvalidInput
 from .wrappers import takes_models

@@ -18,10 +18,8 @@ from ..deploy.bench import SECONDS, SIZES, check_settings
 from ..deploy.export import check_target
 from ..render import bench_files, bench_table
 from ..sources import batches_from, model_from
-from .options import BatchSize, Data, Device, Json, ManyValues, Model
-from .output import print_json
 from .options import BatchSize, Data, Device, Json, ManyValues, Model, Untrained, check_weights
-from .output import print_json, show_wide
+from .output import print_json
 
 
 class FormatName(StrEnum):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..calibration import check_batch, inputs_of
 from ..calibration import check_batch, inputs_of, keywords_of, output_tensors
 from ..capture import Replica, device_of, random_state_kept, replicate
-from ..diagnosis import cannot_run
+from ..diagnosis import cannot_run, first_line
 from ..graph import read
 from ..layers import without_values
 from ..outputs import Outputs, largest_difference, outputs_of
@@ -22,7 +22,7 @@ from . import constants
 from .channels import Flow
 from .constants import Layer, Norm
 from .follow import follow
-from .removal import Dependencies, first_line, library
+from .removal import Dependencies, library
 from .staying import Step, staying
 
 EXACT = 1e-5

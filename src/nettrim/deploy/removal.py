@@ -15,13 +15,10 @@ from torch import nn
 
 from ..calibration import forward
 from ..outputs import outputs_of
+from ..calibration import forward, output_tensors
+from ..diagnosis import first_line
 from ..solvers.reference import MissingExtra
 from .channels import End, Flow
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or ["no reason given"])[0]
 
 
 def library() -> ModuleType:
