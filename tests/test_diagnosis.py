@@ -74,7 +74,7 @@ def prunes(model: nn.Module, data: Any) -> nettrim.PruneResult:
         (lambda: dense().double(), images(16, 20), "x.double()"),
         (lambda: dense().bfloat16(), images(16, 20), "x.bfloat16()"),
     ],
-    ids=str,
+    ids=range(19),
 )
 def test_what_is_suggested_for_an_input_works(make: Any, x: Tensor, suggested: str) -> None:
     for data in ([x], [(x, LABELS)], {"loader": x}):
