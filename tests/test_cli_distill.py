@@ -75,7 +75,7 @@ def test_it_tells_what_it_did(workplace: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_all_parameters_may_learn(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nettrim.prune(network(), [images()], nettrim.Magnitude(0.6), ignore=["1"], progress=False).save(workplace / "partly")
+    nettrim.prune(network(), [images()], nettrim.Magnitude(sparsity=0.6), ignore=["1"], progress=False).save(workplace / "partly")
     arguments = ("distill", "partly", MODEL, "--data", "data.npy", "--steps", "20", "--learn", "all", "--output", "all-tuned")
     done = command(workplace, monkeypatch, *arguments, "--json")
     assert done.exit_code == 0, done.output

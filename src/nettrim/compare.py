@@ -39,7 +39,6 @@ from .records import build
 from .selection import select
 from .status import InvalidInput
 from .verification import versions
-from .verification import check_heldout, versions
 from .wrappers import takes_models
 
 ALL = "all"

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from .attention import closed, opened
 from .calibration import Batches, Calibration
 from .capture import Replica, device_of, random_state_kept, read_graph, replicate
+from .diagnosis import cannot_run
 from .finetune import keep_zeros, learnable
 from .outputs import outputs_of, real, square, squares
-from .diagnosis import cannot_run
-from .finetune import keep_zeros
-from .layers import is_prunable
 from .progress import Advance, shown
 from .stacked import Group, differentiable, outputs, split, stacked
 from .status import InvalidInput

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 

@@ -30,8 +30,6 @@ from .trained import differing, key, own_keys
 from .verification import Claim, Setup, certify
 from .verify import stated_corrections
 from .whole import whole_model
-from .verification import Claim, Setup, certify, certify_heldout, check_heldout
-from .verify import changed_elsewhere, stated_corrections
 from .wrappers import takes_models
 
 CHANGED = "its weights were changed after pruning: distances are those of the new weights; tolerances and gaps are not claimed any more"

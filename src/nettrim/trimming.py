@@ -17,9 +17,8 @@ from .deploy.channels import Flow
 from .deploy.compact import channel_flow, check, compact
 from .deploy.follow import LAYERS, arguments
 from .deploy.removal import library
-from .outputs import outputs_of
-from .progress import Advance, shown
 from .methods.settings import settings
+from .outputs import outputs_of
 from .progress import Advance, shown
 from .retraining import check_labelled, check_trainable, retrain
 from .status import InvalidInput

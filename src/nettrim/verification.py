@@ -30,7 +30,6 @@ from .certificate import (
     spectral_norm,
     within,
 )
-from .diagnosis import cannot_run
 from .graph import Chain, Graph
 from .heldout import certify_heldout, check_heldout
 from .outputs import changed_integers, changed_plain, outputs_of, squares

@@ -30,7 +30,6 @@ from .selection import select
 from .status import CertificateError, InvalidInput
 from .trained import differing, own_keys
 from .verification import Claim, Setup, certify
-from .verification import Claim, Setup, certify, certify_heldout
 from .wrappers import takes_models
 
 # what nothing here can tell, by the names of fields; see also _not_checked

@@ -17,7 +17,6 @@ from ..pruning import MAX_SAMPLES, PruneResult, prune
 from ..recertify import recertify
 from ..render import bench_files, bench_table
 from ..render.distilled import distilled_words
-from ..sources import batches_from, model_from
 from ..sources import Source, batches_from
 from ..status import CertificateError, InvalidInput
 from ..verify import verify

@@ -9,8 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..calibration import check_batch, inputs_of
-from ..calibration import check_batch, inputs_of, keywords_of, output_tensors
+from ..calibration import check_batch, inputs_of, keywords_of
 from ..capture import Replica, device_of, random_state_kept, replicate
 from ..diagnosis import cannot_run, first_line
 from ..graph import read

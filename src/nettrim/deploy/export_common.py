@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..calibration import inputs_of
 from ..capture import Replica, replicate
 from ..checkpoint import check_writable
-from ..outputs import Outputs, outputs_of
 from ..diagnosis import cannot_run
+from ..outputs import Outputs, outputs_of
 from ..status import InvalidInput, NetTrimError
 from .compact import check, outputs
 

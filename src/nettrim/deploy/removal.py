@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from ..calibration import forward
-from ..outputs import outputs_of
-from ..calibration import forward, output_tensors
 from ..diagnosis import first_line
+from ..outputs import outputs_of
 from ..solvers.reference import MissingExtra
 from .channels import End, Flow
 

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..calibration import inputs_of
-from ..calibration import inputs_of, keywords_of, output_tensors
+from ..calibration import inputs_of, keywords_of
 from ..capture import Replica
 from ..graph import read
 from ..nodes import hooked
