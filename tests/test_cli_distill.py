@@ -76,11 +76,24 @@ def test_it_tells_what_it_did(workplace: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_all_parameters_may_learn(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nettrim.prune(network(), [images()], nettrim.Magnitude(sparsity=0.6), ignore=["1"], progress=False).save(workplace / "partly")
-    arguments = ("distill", "partly", MODEL, "--data", "data.npy", "--steps", "20", "--learn", "all", "--output", "all-tuned")
+    arguments = (
+        "distill",
+        "partly",
+        MODEL,
+        "--untrained",
+        "--data",
+        "data.npy",
+        "--steps",
+        "20",
+        "--learn",
+        "all",
+        "--output",
+        "all-tuned",
+    )
     done = command(workplace, monkeypatch, *arguments, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["certificate"]["trained"] == ["1.weight", "1.bias"]
-    checked = command(workplace, monkeypatch, "verify", "all-tuned", MODEL, "--data", "data.npy", "--json")
+    checked = command(workplace, monkeypatch, "verify", "all-tuned", MODEL, "--untrained", "--data", "data.npy", "--json")
     assert checked.exit_code == 0 and json.loads(checked.stdout)["certificate"]["trained"] == ["1.weight", "1.bias"], checked.output
 
 

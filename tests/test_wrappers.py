@@ -102,6 +102,12 @@ def test_fine_tuning_and_its_certificate(wrap: Any) -> None:
     assert sum(int((value == 0).sum()) for value in values(result.model)) >= sum(
         int(mask.size - mask.sum()) for mask in result.masks().values()
     )
+    with nettrim.finetuning(again) as tuning:
+        optimizer = torch.optim.SGD(tuning.parameters(), 0.1)
+        tuning.model(X).square().sum().backward()
+        optimizer.step()
+    assert kinds(tuning.model) == kinds(model)
+    assert nettrim.recertify(again, tuning.model, model, [X]).certificate.layers
     assert nettrim.compare(model, [X], methods=["magnitude"], sparsities=[0.5], progress=False).runs
 
 

@@ -68,7 +68,7 @@ class PruneResult:
         Raises:
             InvalidInput: the model was changed since its certificate was made; or the folder cannot be written to.
         """
-        if hashes(opened(self.model)) != self.certificate.weights_hash:
+        if hashes(opened(unwrapped(self.model))) != self.certificate.weights_hash:
             raise InvalidInput(
                 "save: the model's weights are not those that its certificate speaks of: they were changed afterwards; "
                 "nettrim.recertify(result, result.model, model, calibration) makes a result that speaks of them"
