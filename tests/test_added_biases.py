@@ -82,7 +82,7 @@ def test_without_weights_a_bias_is_the_mean() -> None:
 
 
 def test_methods_that_leave_offsets_alone_leave_zero() -> None:
-    result = prune(Net(), X, Magnitude(0.5), add_bias=True, progress=False)
+    result = prune(Net(), X, Magnitude(sparsity=0.5), add_bias=True, progress=False)
     assert result.certificate.holds
     assert result.model.get_parameter("head.bias").dtype == torch.float32
 

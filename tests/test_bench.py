@@ -346,7 +346,7 @@ def test_a_batch_size_that_the_model_refuses_is_noted() -> None:
         ({"seconds": float("nan")}, "seconds"),
         ({"reference": fully_connected((12, 5), seed=0)}, r"\[\(40, 5\)\]"),
         ({"reference": fully_connected((11, 4), seed=0)}, "reference"),
-        ({"reference": "network"}, "reference: model must be an nn.Module"),
+        ({"reference": "network"}, "bench: reference must be an nn.Module"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], words: str) -> None:
@@ -396,7 +396,7 @@ def test_the_text_says_it_all() -> None:
 
 
 def test_the_page_has_the_section_and_can_be_given_it_later(tmp_path: Path) -> None:
-    result = nettrim.prune(network(), [images()], nettrim.Magnitude(0.5), progress=False)
+    result = nettrim.prune(network(), [images()], nettrim.Magnitude(sparsity=0.5), progress=False)
     report, certificate, masks = result.report, result.certificate, result.masks()
     without = report_html(report, certificate, masks, title="Kept")
     page = report_html(report, certificate, masks, title="Kept", bench=example_bench())
@@ -410,7 +410,7 @@ def test_the_page_has_the_section_and_can_be_given_it_later(tmp_path: Path) -> N
 
 
 def test_files_of_a_saved_result(tmp_path: Path) -> None:
-    result = nettrim.prune(network(), [images()], nettrim.Magnitude(0.5), progress=False)
+    result = nettrim.prune(network(), [images()], nettrim.Magnitude(sparsity=0.5), progress=False)
     folder = result.save(tmp_path / "saved")
     fits = example_bench(weights_hash=result.certificate.weights_hash)
     assert bench_files.read_bench(folder) == (None, "")
@@ -421,7 +421,7 @@ def test_files_of_a_saved_result(tmp_path: Path) -> None:
     (folder / "report.html").write_text("<html>of an earlier version</html>")
     bench_files.write(fits, folder)
     assert "Size and speed" in (folder / "report.html").read_text() and "Layer by layer" in (folder / "report.html").read_text()
-    nettrim.prune(network(), [images()], nettrim.Magnitude(0.7), progress=False).save(folder)
+    nettrim.prune(network(), [images()], nettrim.Magnitude(sparsity=0.7), progress=False).save(folder)
     kept, note = bench_files.read_bench(folder)
     assert kept is None and "other weights" in note
     (folder / "bench.json").write_text("{")
@@ -436,7 +436,7 @@ def test_files_of_a_saved_result(tmp_path: Path) -> None:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
     np.save(folder / "data.npy", images().numpy())
-    nettrim.prune(network(), [images()], nettrim.Magnitude(0.9), progress=False).save(folder / "pruned")
+    nettrim.prune(network(), [images()], nettrim.Magnitude(sparsity=0.9), progress=False).save(folder / "pruned")
     save_file(network().state_dict(), folder / "dense.safetensors")
     return folder
 
@@ -484,5 +484,6 @@ def test_the_command_in_words(workplace: Path, monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_bad_input_ends_with_2(workplace: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], words: str) -> None:
-    done = command(workplace, monkeypatch, MODEL, "--data", "data.npy", *arguments, expect=2)
+    own = () if "--weights" in arguments else ("--untrained",)
+    done = command(workplace, monkeypatch, MODEL, "--data", "data.npy", *own, *arguments, expect=2)
     assert words in done.stderr and "batches of" not in done.stderr

@@ -47,7 +47,7 @@ def test_the_experiment_writes_what_it_found_and_continues(tmp_path: Path) -> No
 def test_the_command_answers(tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(30, 6)).astype(np.float32)
     np.save(tmp_path / "data.npy", x)
-    arguments = ["bound", f"{__name__}:small_network", "--data", str(tmp_path / "data.npy"), "--radius", "2"]
+    arguments = ["bound", f"{__name__}:small_network", "--untrained", "--data", str(tmp_path / "data.npy"), "--radius", "2"]
     done = CliRunner().invoke(app, [*arguments, "--share", "0.3", "--json"])
     assert done.exit_code == 0, done.output
     data, ball = sorted(json.loads(done.stdout)["bounds"], key=lambda bound: str(bound["form"]), reverse=True)

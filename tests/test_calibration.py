@@ -26,7 +26,7 @@ def net() -> nn.Sequential:
 
 
 def weights_after(model: nn.Module, batches: Any) -> list[Tensor]:
-    return list(prune(model, batches, Magnitude(0.5), progress=False).model.state_dict().values())
+    return list(prune(model, batches, Magnitude(sparsity=0.5), progress=False).model.state_dict().values())
 
 
 # --- what is accepted ---------------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"input": data()}, "found dict; put the one batch into a list"),
     (data().numpy(), "found ndarray; use torch.from_numpy"),
     (NoIteration(), "found NoIteration"),
-    (3, "found int"),
+    (3, "found the number 3"),
     (None, "found NoneType"),
     ([], "is empty"),
     (torch.zeros(5), "samples along its first dimension, found shape \\(5,\\)"),

@@ -55,8 +55,8 @@ def networks(draw: st.DrawFn) -> tuple[nn.Sequential, Tensor]:
 
 
 METHODS = [
-    Magnitude(0.3),
-    Magnitude(0.8),
+    Magnitude(sparsity=0.3),
+    Magnitude(sparsity=0.8),
     NetTrim(sparsity=0.5, max_iterations=5),
     NetTrim(epsilon=0.1, max_iterations=30),
     NetTrim(epsilon=0.3, norm="l0", max_iterations=5),
@@ -298,7 +298,7 @@ def test_gaps_are_recomputed(scheme: Any) -> None:
             assert layer.gap_kind == method.kind
             assert layer.gap is not None and report.gap is not None
             assert 0 <= layer.gap <= 0.03
-    assert all(layer.gap is None for layer in prune(model, x, Magnitude(0.5), progress=False).certificate.layers)
+    assert all(layer.gap is None for layer in prune(model, x, Magnitude(sparsity=0.5), progress=False).certificate.layers)
 
 
 # --- held-out statements ------------------------------------------------------------------------------------------------------------

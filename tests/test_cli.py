@@ -77,6 +77,7 @@ def nettrim(workplace: Path, *arguments: str, expect: int = 0) -> subprocess.Com
     return done
 
 
+UNTRAINED = ("--untrained", "--data", "calibration.npy", "--output", "o")
 PRUNE = ("prune", "mine:small", "--weights", "weights.safetensors", "--data", "calibration.npy")
 
 
@@ -128,9 +129,9 @@ def test_verify_passes_and_fails_loudly(workplace: Path, pruned: Path) -> None:
     base = ("verify", "out", "mine:small", "--data", "calibration.npy")
     done = nettrim(workplace, *base, "--weights", "weights.safetensors", "--heldout", "heldout.npz")
     assert "verified" in done.stdout
-    done = nettrim(workplace, *base, expect=3)  # the factory's own weights are not those that were pruned
+    done = nettrim(workplace, *base, "--untrained", expect=3)  # the factory's own weights are not those that were pruned
     assert "reference model's weights are not those" in done.stderr
-    done = nettrim(workplace, *base, "--json", expect=3)
+    done = nettrim(workplace, *base, "--untrained", "--json", expect=3)
     assert json.loads(done.stdout)["holds"] is False
 
 
@@ -154,20 +155,26 @@ def test_an_unreachable_tolerance_ends_with_3(workplace: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("prune", "mine:small", "--data", "calibration.npy", "--output", "o", "--sparsity", "1"), "must lie in [0, 1)"),
-        (("prune", "mine:small", "--data", "calibration.npy", "--output", "o", "--epsilon", "-1"), "must be >= 0"),
-        (("prune", "mine:small", "--data", "calibration.npy", "--output", "o"), "exactly one of epsilon, sparsity and penalty"),
-        (("prune", "mine:small", "--data", "nowhere.npy", "--output", "o", "--epsilon", "0.1"), "there is no such file"),
-        (("prune", "mine:smal", "--data", "calibration.npy", "--output", "o", "--epsilon", "0.1"), "has no 'smal'"),
-        (("prune", "mine:text", "--data", "calibration.npy", "--output", "o", "--epsilon", "0.1"), "must give an nn.Module"),
-        (("prune", "mine:nothing", "--data", "calibration.npy", "--output", "o", "--epsilon", "0.1"), "no layer that nettrim can prune"),
-        (("prune", "mine:small", "--data", "calibration.npy", "--output", "mine.py", "--epsilon", "0.1"), "output folder"),
-        (("prune", "mine:small", "--data", "calibration.npy", "--output", "o", "--epsilon", "l1=0.1"), "the nearest is '1'"),
+        (("prune", "mine:small", *UNTRAINED, "--sparsity", "1"), "must lie in [0, 1)"),
+        (("prune", "mine:small", *UNTRAINED, "--epsilon", "-1"), "must be >= 0"),
+        (
+            ("prune", "mine:small", *UNTRAINED),
+            "exactly one of epsilon, sparsity and penalty",
+        ),
+        (("prune", "mine:small", "--untrained", "--data", "nowhere.npy", "--output", "o", "--epsilon", "0.1"), "there is no such file"),
+        (("prune", "mine:smal", *UNTRAINED, "--epsilon", "0.1"), "has no 'smal'"),
+        (("prune", "mine:text", *UNTRAINED, "--epsilon", "0.1"), "must give an nn.Module"),
+        (
+            ("prune", "mine:nothing", *UNTRAINED, "--epsilon", "0.1"),
+            "no layer that nettrim can prune",
+        ),
+        (("prune", "mine:small", "--untrained", "--data", "calibration.npy", "--output", "mine.py", "--epsilon", "0.1"), "output folder"),
+        (("prune", "mine:small", *UNTRAINED, "--epsilon", "l1=0.1"), "the nearest is '1'"),
         (
             ("prune", "mine:small", "--weights", "heldout.npz", "--data", "mine:batches", "--output", "o", "--epsilon", "0.1"),
             "weights file",
         ),
-        (("verify", "nowhere", "mine:small", "--data", "calibration.npy"), "cannot be read"),
+        (("verify", "nowhere", "mine:small", "--untrained", "--data", "calibration.npy"), "cannot be read"),
     ],
 )
 def test_bad_input_ends_with_2_and_names_the_thing(workplace: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -177,7 +184,20 @@ def test_bad_input_ends_with_2_and_names_the_thing(workplace: Path, arguments: t
 
 def test_interruption_leaves_earlier_output(workplace: Path, pruned: Path) -> None:
     before = {path.name: path.read_bytes() for path in pruned.iterdir()}
-    command = [sys.executable, "-m", "nettrim", "prune", "mine:slow", "--data", "mine:batches", "--epsilon", "0.1", "--output", "out"]
+    command = [
+        sys.executable,
+        "-m",
+        "nettrim",
+        "prune",
+        "mine:slow",
+        "--untrained",
+        "--data",
+        "mine:batches",
+        "--epsilon",
+        "0.1",
+        "--output",
+        "out",
+    ]
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored by what runs in the background
     running = subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=heard)
     assert running.stderr is not None

@@ -34,7 +34,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distill")
     for name, seed in (("data", 0), ("others", 1), ("heldout", 2)):
         np.save(folder / f"{name}.npy", images(seed).numpy())
-    nettrim.prune(network(), [images()], nettrim.Magnitude(0.6), progress=False).save(folder / "pruned")
+    nettrim.prune(network(), [images()], nettrim.Magnitude(sparsity=0.6), progress=False).save(folder / "pruned")
     return folder
 
 
@@ -43,7 +43,7 @@ def command(workplace: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -
     return CliRunner().invoke(app, list(arguments))
 
 
-GIVEN = ("distill", "pruned", MODEL, "--data", "data.npy", "--steps", "60", "--step-samples", "16")
+GIVEN = ("distill", "pruned", MODEL, "--untrained", "--data", "data.npy", "--steps", "60", "--step-samples", "16")
 
 
 def test_it_is_the_librarys_result_and_verifies(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_it_is_the_librarys_result_and_verifies(workplace: Path, monkeypatch: py
     assert told["distilled"]["after"] == own.after < 0.8 * own.before == pytest.approx(0.8 * told["distilled"]["before"])
     assert told["certificate"]["holds"] is True and told["certificate"]["heldout"] is not None
     assert told["report"]["method"] == "Magnitude, fine-tuned"
-    checked = command(workplace, monkeypatch, "verify", "tuned", MODEL, "--data", "data.npy", "--heldout", "heldout.npy")
+    checked = command(workplace, monkeypatch, "verify", "tuned", MODEL, "--untrained", "--data", "data.npy", "--heldout", "heldout.npy")
     assert checked.exit_code == 0, checked.output
 
 
@@ -75,22 +75,46 @@ def test_it_tells_what_it_did(workplace: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_all_parameters_may_learn(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nettrim.prune(network(), [images()], nettrim.Magnitude(0.6), ignore=["1"], progress=False).save(workplace / "partly")
-    arguments = ("distill", "partly", MODEL, "--data", "data.npy", "--steps", "20", "--learn", "all", "--output", "all-tuned")
+    nettrim.prune(network(), [images()], nettrim.Magnitude(sparsity=0.6), ignore=["1"], progress=False).save(workplace / "partly")
+    arguments = (
+        "distill",
+        "partly",
+        MODEL,
+        "--untrained",
+        "--data",
+        "data.npy",
+        "--steps",
+        "20",
+        "--learn",
+        "all",
+        "--output",
+        "all-tuned",
+    )
     done = command(workplace, monkeypatch, *arguments, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["certificate"]["trained"] == ["1.weight", "1.bias"]
-    checked = command(workplace, monkeypatch, "verify", "all-tuned", MODEL, "--data", "data.npy", "--json")
+    checked = command(workplace, monkeypatch, "verify", "all-tuned", MODEL, "--untrained", "--data", "data.npy", "--json")
     assert checked.exit_code == 0 and json.loads(checked.stdout)["certificate"]["trained"] == ["1.weight", "1.bias"], checked.output
 
 
 def test_biases_that_pruning_added_stay(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nettrim.prune(biasless(), [images()], nettrim.NetTrim(sparsity=0.6), add_bias=True, progress=False).save(workplace / "biased")
-    arguments = ("distill", "biased", f"{__name__}:biasless", "--data", "data.npy", "--steps", "20", "--output", "biased-tuned")
+    arguments = (
+        "distill",
+        "biased",
+        f"{__name__}:biasless",
+        "--untrained",
+        "--data",
+        "data.npy",
+        "--steps",
+        "20",
+        "--output",
+        "biased-tuned",
+    )
     done = command(workplace, monkeypatch, *arguments)
     assert done.exit_code == 0, done.output
     assert load_file(workplace / "biased-tuned" / "model.safetensors").keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    checked = command(workplace, monkeypatch, "verify", "biased-tuned", f"{__name__}:biasless", "--data", "data.npy")
+    checked = command(workplace, monkeypatch, "verify", "biased-tuned", f"{__name__}:biasless", "--untrained", "--data", "data.npy")
     assert checked.exit_code == 0, checked.output
 
 
@@ -110,12 +134,12 @@ def never(*given: Any, **settings: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nowhere", MODEL, "--data", "data.npy"), "there is no such file"),
-        (("pruned", f"{__name__}:other", "--data", "data.npy"), "must be the network that the result was pruned from"),
-        (("pruned", f"{__name__}:biasless", "--data", "data.npy"), "do not fit the model"),
-        (("pruned", MODEL, "--data", "others.npy"), "calibration must be the data of the run"),
-        (("pruned", MODEL, "--data", "data.npy", "--batch-size", "50"), "batch sizes"),
-        (("pruned", MODEL, "--data", "data.npy", "--heldout", "data.npy"), "all of these samples are calibration data"),
+        (("nowhere", MODEL, "--untrained", "--data", "data.npy"), "there is no such file"),
+        (("pruned", f"{__name__}:other", "--untrained", "--data", "data.npy"), "must be the network that the result was pruned from"),
+        (("pruned", f"{__name__}:biasless", "--untrained", "--data", "data.npy"), "do not fit the model"),
+        (("pruned", MODEL, "--untrained", "--data", "others.npy"), "calibration must be the data of the run"),
+        (("pruned", MODEL, "--untrained", "--data", "data.npy", "--batch-size", "50"), "batch sizes"),
+        (("pruned", MODEL, "--untrained", "--data", "data.npy", "--heldout", "data.npy"), "all of these samples are calibration data"),
     ],
 )
 def test_bad_input_is_refused_before_training(
@@ -135,7 +159,7 @@ def test_settings_outside_their_range_are_refused(workplace: Path, monkeypatch: 
 
 def test_a_model_without_zeros_is_refused(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = workplace / "dense"
-    nettrim.prune(network(), [images()], nettrim.Magnitude(0.6), progress=False).save(folder)
+    nettrim.prune(network(), [images()], nettrim.Magnitude(sparsity=0.6), progress=False).save(folder)
     save_file(network().state_dict(), folder / "model.safetensors")
-    done = command(workplace, monkeypatch, "distill", "dense", MODEL, "--data", "data.npy", "--output", "refused")
+    done = command(workplace, monkeypatch, "distill", "dense", MODEL, "--untrained", "--data", "data.npy", "--output", "refused")
     assert done.exit_code == 2 and "no zero weights" in done.stderr, done.output

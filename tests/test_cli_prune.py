@@ -55,7 +55,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(*arguments: str) -> Result:
-    fixed = ["prune", f"{__name__}:small", "--data", "data.npy", "--output", "out", "--batch-size", "120", "--json"]
+    fixed = ["prune", f"{__name__}:small", "--untrained", "--data", "data.npy", "--output", "out", "--batch-size", "120", "--json"]
     return CliRunner().invoke(app, [*fixed, *arguments])
 
 
@@ -179,5 +179,5 @@ def test_an_option_in_words() -> None:
 
 
 def test_seeds_are_for_methods_that_draw() -> None:
-    assert method_from("random", {"sparsity": 0.5}, 7) == nettrim.Random(0.5, seed=7)
-    assert method_from("wanda", {"sparsity": 0.5, "pattern": None}, 7) == nettrim.Wanda(0.5)
+    assert method_from("random", {"sparsity": 0.5}, 7) == nettrim.Random(sparsity=0.5, seed=7)
+    assert method_from("wanda", {"sparsity": 0.5, "pattern": None}, 7) == nettrim.Wanda(sparsity=0.5)

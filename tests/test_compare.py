@@ -41,7 +41,7 @@ class Slow(torch.nn.Module):
         time.sleep(0.03)
         return self.net(x)
 """
-ARGUMENTS = ("compare", "compared:small", "--data", "calibration.npy", "--output", "out")
+ARGUMENTS = ("compare", "compared:small", "--untrained", "--data", "calibration.npy", "--output", "out")
 
 
 def network() -> torch.nn.Sequential:
@@ -79,7 +79,7 @@ def test_every_method_at_every_sparsity(comparison: Comparison) -> None:
 
 def test_the_numbers_are_those_of_the_pruned_network(comparison: Comparison) -> None:
     model, batches = network(), labelled()
-    result = nettrim.prune(model, images(), nettrim.Magnitude(0.8), heldout=batches, progress=False)
+    result = nettrim.prune(model, images(), nettrim.Magnitude(sparsity=0.8), heldout=batches, progress=False)
     run = next(run for run in comparison.runs if (run.method, run.sparsity) == ("Magnitude", 0.8))
     x = torch.cat([batch for batch, _ in batches])
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_settings_reach_every_run() -> None:
         network(), images(), methods="RANDOM", sparsities=[0.5], scheme="parallel", layers=["1", "3"], ignore=["3"], seed=4, progress=False
     )
     own = nettrim.prune(
-        network(), images(), nettrim.Random(0.5, seed=4), scheme="parallel", layers=["1"], seed=4, progress=False
+        network(), images(), nettrim.Random(sparsity=0.5, seed=4), scheme="parallel", layers=["1"], seed=4, progress=False
     ).certificate.network
     assert parallel.runs[0].calibration_discrepancy == own.achieved / own.reference_norm
     assert list(parallel.runs[0].densities) == ["1"]
@@ -281,14 +281,37 @@ def test_bad_input_ends_with_2(workplace: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_many_values_do_not_take_the_model(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    order = ("compare", "--methods", "magnitude", "random", "--sparsity", "0.5", "compared:small", "--data", "calibration.npy")
+    order = (
+        "compare",
+        "--methods",
+        "magnitude",
+        "random",
+        "--sparsity",
+        "0.5",
+        "compared:small",
+        "--untrained",
+        "--data",
+        "calibration.npy",
+    )
     done = invoke(workplace, monkeypatch, *order, "--output", "order", "--json")
     assert done.exit_code == 0, done.stderr
     assert [(run["method"], run["sparsity"]) for run in json.loads(done.stdout)["runs"]] == [("Magnitude", 0.5), ("Random", 0.5)]
 
 
 def test_readings_and_lobs_on_the_command_line(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = ("compare", "compared:small", "--data", "calibration.npy", "--output", "read", "--methods", "lobs", "--sparsity", "0.5")
+    read = (
+        "compare",
+        "compared:small",
+        "--untrained",
+        "--data",
+        "calibration.npy",
+        "--output",
+        "read",
+        "--methods",
+        "lobs",
+        "--sparsity",
+        "0.5",
+    )
     done = invoke(workplace, monkeypatch, *read, "--reading", "1:activation=none", "--reading", "re:[35]:branch=none", "--json")
     assert done.exit_code == 0, done.stderr
     told = json.loads(done.stdout)
@@ -299,7 +322,7 @@ def test_readings_and_lobs_on_the_command_line(workplace: Path, monkeypatch: pyt
 
 
 def test_the_real_command_interrupted_and_continued(workplace: Path) -> None:
-    command = [sys.executable, "-m", "nettrim", "compare", "compared:Slow", "--data", "calibration.npy", "--output", "slow"]
+    command = [sys.executable, "-m", "nettrim", "compare", "compared:Slow", "--untrained", "--data", "calibration.npy", "--output", "slow"]
     command += ["--methods", "magnitude", "random", "--sparsity", "0.3", "0.6", "0.9"]
     environment = {**os.environ, "PYTHONWARNINGS": "error", "NO_COLOR": "1"}
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored by what runs in the background

@@ -91,7 +91,9 @@ def test_readings_say_what_was_seen() -> None:
 
 @pytest.mark.parametrize("inplace", [True, False])
 @pytest.mark.parametrize("scheme", ["cascade", "parallel"])
-@pytest.mark.parametrize("method", [NetTrim(epsilon=0.0), NetTrim(sparsity=0.0), Magnitude(0.0)], ids=lambda m: f"{m.describe()} {m.kind}")
+@pytest.mark.parametrize(
+    "method", [NetTrim(epsilon=0.0), NetTrim(sparsity=0.0), Magnitude(sparsity=0.0)], ids=lambda m: f"{m.describe()} {m.kind}"
+)
 def test_without_pruning_the_network_is_the_same_function(method: Any, scheme: Any, inplace: bool) -> None:
     model = Residual(inplace=inplace)
     result = prune(model, images(), method, scheme=scheme, progress=False)

@@ -34,7 +34,7 @@ def images(count: int = 120, seed: int = 0) -> Tensor:
 
 @pytest.fixture(scope="module")
 def pruned() -> PruneResult:
-    return nettrim.prune(network(), images(), Magnitude(0.6), progress=False)
+    return nettrim.prune(network(), images(), Magnitude(sparsity=0.6), progress=False)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -137,7 +137,7 @@ class Normed(nn.Module):
 
 def normed() -> tuple[Normed, Tensor, PruneResult]:
     model, x = Normed(), torch.rand(60, 2, 6, 6, generator=torch.Generator().manual_seed(2))
-    return model, x, nettrim.prune(model, x, Magnitude({"conv": 0.5}), progress=False)
+    return model, x, nettrim.prune(model, x, Magnitude(sparsity={"conv": 0.5}), progress=False)
 
 
 def changed(made: Distilled, before: nn.Module) -> set[str]:
@@ -181,7 +181,7 @@ def test_tokens_by_keyword_are_not_mixed() -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [{"tokens": torch.randint(0, 9, (10, length), generator=generator), "scale": 2.0} for length in (4, 6, 4)]
     model = Keyed()
-    result = nettrim.prune(model, batches, Magnitude(0.5), progress=False)
+    result = nettrim.prune(model, batches, Magnitude(sparsity=0.5), progress=False)
     made = distill(result.model, model, batches, **FEW)
     assert not made.mixed and made.after < made.before
     with pytest.raises(InvalidInput, match="'kl' needs one output"):
@@ -210,7 +210,7 @@ def test_batches_that_cannot_be_cut_stay_whole() -> None:
     kept, unseen = split(groups, 0.1, torch.Generator().manual_seed(0))
     assert (len(kept), len(unseen)) == (9, 1)
     assert torch.equal(outputs(replica, groups[3]).tensors[""], model(batches[3]))
-    result = nettrim.prune(model, batches, Magnitude(0.5), progress=False)
+    result = nettrim.prune(model, batches, Magnitude(sparsity=0.5), progress=False)
     made = distill(result.model, model, batches, **FEW)
     assert not made.mixed and made.after < made.before
     with pytest.raises(InvalidInput, match="give more batches"):
@@ -229,7 +229,7 @@ def test_layers_that_were_not_pruned_do_not_learn() -> None:
     model, x = network(), images()
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     model.get_submodule(names[1]).weight.data[0, 0] = 0.0  # a zero of the reference network's own
-    result = nettrim.prune(model, x, Magnitude(0.5), ignore=[names[1]], progress=False)
+    result = nettrim.prune(model, x, Magnitude(sparsity=0.5), ignore=[names[1]], progress=False)
     made = distill(result.model, model, x, **FEW)
     assert {name.rpartition(".")[0] for name in made.learned} == {names[0], *names[2:]}
     assert recertify(result, made.model, model, x).certificate.network.achieved < result.certificate.network.achieved
@@ -240,7 +240,7 @@ def test_layers_that_were_not_pruned_do_not_learn() -> None:
 def test_half_precision_is_trained_wider() -> None:
     model = network().to(torch.bfloat16)
     x = images().to(torch.bfloat16)
-    result = nettrim.prune(model, x, Magnitude(0.6), progress=False)
+    result = nettrim.prune(model, x, Magnitude(sparsity=0.6), progress=False)
     made = distill(result.model, model, x, **FEW)
     assert all(parameter.dtype == torch.bfloat16 for parameter in made.model.parameters())
     assert made.after < 0.8 * made.before
@@ -252,7 +252,7 @@ def test_attention_keeps_its_class_and_keys() -> None:
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
     x = torch.rand(40, 3, 8, generator=torch.Generator().manual_seed(0))
-    result = nettrim.prune(model, x, Magnitude(0.5), progress=False)
+    result = nettrim.prune(model, x, Magnitude(sparsity=0.5), progress=False)
     made = distill(result.model, model, x, **FEW)
     assert type(made.model) is nn.TransformerEncoderLayer and list(made.model.state_dict()) == list(model.state_dict())
     assert made.after < made.before

@@ -33,14 +33,16 @@ def images(count: int = 40) -> Tensor:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     np.save(folder / "data.npy", images().numpy())
-    nettrim.prune(network(), [images()], nettrim.Magnitude(0.9), progress=False).save(folder / "pruned")
+    nettrim.prune(network(), [images()], nettrim.Magnitude(sparsity=0.9), progress=False).save(folder / "pruned")
     save_file(fully_connected((12, 16, 10, 4), seed=4).state_dict(), folder / "other.safetensors")
     return folder
 
 
 def command(workplace: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, expect: int = 0) -> Result:
     monkeypatch.chdir(workplace)
-    done = CliRunner().invoke(app, ["export", MODEL, "--data", "data.npy", *arguments])
+    done = CliRunner().invoke(
+        app, ["export", MODEL, "--data", "data.npy", *([] if "--weights" in arguments else ["--untrained"]), *arguments]
+    )
     assert done.exit_code == expect, done.output
     return done
 

@@ -17,7 +17,7 @@ from nettrim import InvalidInput, Magnitude, keep_zeros
 def pruned() -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    result = nettrim.prune(model, torch.randn(40, 6), Magnitude(0.6), progress=False).model
+    result = nettrim.prune(model, torch.randn(40, 6), Magnitude(sparsity=0.6), progress=False).model
     assert isinstance(result, nn.Sequential)
     return result
 

@@ -22,7 +22,7 @@ LEARNED = ("net.0.weight", "net.0.bias", "net.4.weight", "net.5.bias", "net.7.we
 
 @pytest.fixture(scope="module")
 def result() -> PruneResult:
-    return nettrim.prune(trained("tabular"), DATA, Magnitude(0.6), progress=False)
+    return nettrim.prune(trained("tabular"), DATA, Magnitude(sparsity=0.6), progress=False)
 
 
 def zeros(model: nn.Module) -> dict[str, Tensor]:
@@ -211,7 +211,7 @@ def test_one_projection_of_attention_learns_and_the_others_do_not(learn: Any) ->
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
     x, y = torch.rand(40, 3, 8), torch.rand(40, 3, 8)
-    pruned = nettrim.prune(model, x, Magnitude(0.5), layers=["self_attn.q_proj", "linear1"], progress=False)
+    pruned = nettrim.prune(model, x, Magnitude(sparsity=0.5), layers=["self_attn.q_proj", "linear1"], progress=False)
     with finetuning(pruned, learn=learn) as tuning:
         assert "self_attn.in_proj_weight" in tuning.learned
         optimizer = torch.optim.AdamW(tuning.parameters(), lr=0.01, weight_decay=0.1)
@@ -233,7 +233,7 @@ def test_one_projection_of_attention_learns_and_the_others_do_not(learn: Any) ->
 def test_the_norm_that_holds_an_offset_is_found_in_every_kind() -> None:
     for name in ("unet", "series", "gru"):
         reference = trained(name)
-        model = nettrim.prune(reference, NEWCOMERS[name].batches(), Magnitude(0.5), progress=False)
+        model = nettrim.prune(reference, NEWCOMERS[name].batches(), Magnitude(sparsity=0.5), progress=False)
         with finetuning(model) as by_report, finetuning(copy.deepcopy(model.model), reference) as by_graph:
             assert by_report.learned == by_graph.learned
             norms = [key for key in by_report.learned if isinstance(reference.get_submodule(key.rpartition(".")[0]), nn.BatchNorm2d)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from verdicts import truthful
 
-from nettrim import NetTrim, preimage, prune
+from nettrim import InvalidInput, NetTrim, preimage, prune
 from nettrim.graph import Chain, Graph, Step, read
 from nettrim.preimage import IDENTITY, RELU, Activation
 
@@ -283,7 +284,7 @@ def test_what_a_model_does_in_place_does_not_reach_the_data() -> None:
 
 def test_arguments_that_are_not_given_keep_their_defaults() -> None:
     assert read(Block().eval(), ["up"]).readings["up"].activation == RELU
-    assert read(Block().eval(), ["up"], given=["x", "mask"]).readings["up"].activation == RELU
+    assert read(Block().eval(), ["up"], given={"x": torch.ones(1), "mask": torch.ones(1)}).readings["up"].activation == RELU
 
 
 class Branching(nn.Module):
@@ -449,3 +450,71 @@ def test_a_model_that_is_one_layer() -> None:
     result = prune(nn.Linear(3, 2), x, NetTrim(epsilon=0.1), progress=False)
     assert truthful(result)
     assert result.certificate.network.bound is not None
+
+
+class ByName(nn.Module):
+    """Takes whatever it is called with, and looks for names in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, **kwargs: Any) -> dict[str, Tensor]:
+        print("seen", type(kwargs["x"]).__name__)
+        y = self.up(kwargs["x"])
+        y = torch.relu(y) if kwargs.get("gate") is None else y * kwargs["gate"]
+        out = {"logits": self.down(y)}
+        if kwargs.get("labels") is not None:
+            out["loss"] = out["logits"].sum() * kwargs["labels"]
+        return out if kwargs.get("whole", True) else {"logits": out["logits"]}
+
+
+class Passing(nn.Module):
+    """A decorator's forward, which hands on all it is given."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Passing], ids=["itself", "wrapped"])
+@pytest.mark.parametrize("extra", [{}, {"gate": None}, {"whole": False}, {"gate": 2.0}, {"whole": True, "labels": 3}], ids=str)
+def test_a_model_called_by_name_is_traced_with_the_names_it_is_called_with(
+    extra: dict[str, Any], wrap: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    x = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    result = prune(wrap(ByName()), [{"x": x, **extra}], sparsity=0.5, progress=False)
+    first, last = result.report.layers
+    assert first.activation == ("relu" if extra.get("gate") is None else "identity")
+    assert "labels" in extra or last.reading == "it is the network's output"
+    assert not result.report.notes
+    printed = capfd.readouterr()
+    assert printed.err == "" and set(printed.out.splitlines()) <= {"seen Tensor", "seen Parameter"}  # the user's own words, about data
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Passing], ids=["itself", "wrapped"])
+def test_a_trace_that_fails_is_said_in_the_report_alone(wrap: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    class Turning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, *, x: Tensor, y: Tensor | None = None) -> Tensor:
+            x = self.last(torch.relu(self.fc(x)))
+            if not isinstance(x, Tensor):  # a stand-in takes another turn, which ends in an error when it is run
+                return x + x.new_zeros(7)
+            return x
+
+    result = prune(wrap(Turning()), [{"x": torch.randn(12, 3)}], sparsity=0.5, progress=False)
+    assert "could not be traced" in result.report.notes[0]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_batches_that_call_a_model_in_different_ways_are_refused() -> None:
+    x = torch.randn(12, 3)
+    for second in ({"x": x, "gate": x}, {"x": x, "whole": False}):
+        with pytest.raises(InvalidInput, match=r"batch 2 gives x, .*; every batch must call the model in the same way"):
+            prune(ByName(), [{"x": x, "whole": True} if "whole" in second else {"x": x}, second], sparsity=0.5, progress=False)

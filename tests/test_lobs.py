@@ -49,7 +49,7 @@ def by_definition(p: LayerProgram, kept: int, keep_bias: bool = False) -> Tensor
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.7, 0.95])
 def test_the_published_form_by_its_definition(sparsity: float, keep_bias: bool) -> None:
     p = correlated(120, 9, 5, seed=1)
-    solution = LOBS(sparsity, keep_bias=keep_bias).solve(p, sparsity)
+    solution = LOBS(sparsity=sparsity, keep_bias=keep_bias).solve(p, sparsity)
     expected = by_definition(p, round((1 - sparsity) * 45), keep_bias)
     torch.testing.assert_close(torch.cat([solution.weights, solution.bias[None]]), expected, rtol=1e-7, atol=1e-9)
     assert int((solution.weights != 0).sum()) == round((1 - sparsity) * 45)
@@ -94,7 +94,7 @@ def test_one_removal_is_exact() -> None:
 @pytest.mark.parametrize("keep_bias", [False, True])
 def test_refitted_is_least_squares_on_the_published_choice(keep_bias: bool) -> None:
     p = correlated(120, 9, 5, seed=4)
-    once, again = (LOBS(0.6, form=form, keep_bias=keep_bias).solve(p, 0.6) for form in ("published", "refitted"))
+    once, again = (LOBS(sparsity=0.6, form=form, keep_bias=keep_bias).solve(p, 0.6) for form in ("published", "refitted"))
     V = torch.cat([p.weights, p.bias[None]])
     mask = torch.cat([once.weights, once.bias[None]]) != 0
     expected = torch.stack([on_support(hessian(p), V[:, m], mask[:, m]) for m in range(5)], 1)
@@ -105,22 +105,22 @@ def test_refitted_is_least_squares_on_the_published_choice(keep_bias: bool) -> N
 def test_greedy_is_exact_obs_on_centred_inputs() -> None:
     """With a bias that is always the best one, the weights see centred inputs only."""
     p = correlated(150, 10, 6, seed=5)
-    solution = LOBS(0.6, form="greedy", damping=1e-12).solve(p, 0.6)
+    solution = LOBS(sparsity=0.6, form="greedy", damping=1e-12).solve(p, 0.6)
     mean = p.inputs.mean(0)
     centred = replace(p, inputs=p.inputs - mean)
-    other = OBS(0.6, damping=1e-12).solve(centred, 0.6)
+    other = OBS(sparsity=0.6, damping=1e-12).solve(centred, 0.6)
     torch.testing.assert_close(solution.weights, other.weights, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(solution.bias, p.bias + (p.weights - solution.weights).T @ mean, rtol=1e-6, atol=1e-9)
-    assert solution.distance < OBS(0.6, damping=1e-12).solve(p, 0.6).distance
+    assert solution.distance < OBS(sparsity=0.6, damping=1e-12).solve(p, 0.6).distance
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("sparsity", [0.3, 0.6, 0.9])
 def test_each_form_costs_less_error_than_the_last(sparsity: float, seed: int) -> None:
     p = correlated(300, 30, 10, seed)
-    found = [LOBS(sparsity, form=form, keep_bias=True).solve(p, sparsity).distance for form in lobs.FORMS]
+    found = [LOBS(sparsity=sparsity, form=form, keep_bias=True).solve(p, sparsity).distance for form in lobs.FORMS]
     assert found == sorted(found, reverse=True)
-    assert found[-1] < Magnitude(sparsity).solve(p, sparsity).distance
+    assert found[-1] < Magnitude(sparsity=sparsity).solve(p, sparsity).distance
 
 
 def test_both_inverses_are_the_inverse_of_the_damped_hessian() -> None:
@@ -134,7 +134,7 @@ def test_both_inverses_are_the_inverse_of_the_damped_hessian() -> None:
         image = one_by_one @ row
         one_by_one = one_by_one - torch.outer(image, image) / (700 + row @ image)
     torch.testing.assert_close(recursive_inverse(y, 700, 1e-4), one_by_one, rtol=1e-7, atol=1e-7)
-    first, second = (LOBS(0.6, inverse=inverse).solve(p, 0.6) for inverse in ("factorisation", "recursion"))
+    first, second = (LOBS(sparsity=0.6, inverse=inverse).solve(p, 0.6) for inverse in ("factorisation", "recursion"))
     assert torch.equal(first.weights != 0, second.weights != 0)
     torch.testing.assert_close(first.weights, second.weights, rtol=1e-5, atol=1e-7)
 
@@ -150,7 +150,7 @@ def test_the_threshold_is_met_and_used(form: Any, error: float) -> None:
     kept = int((solution.weights != 0).sum())
     assert 60 - kept == solution.iterations and kept > 0
     further = 1 - (kept - 1) / 60  # one more is too much
-    assert LOBS(further, form=form).solve(p, further).distance > solution.tolerance
+    assert LOBS(sparsity=further, form=form).solve(p, further).distance > solution.tolerance
 
 
 def test_the_walk_stops_where_the_error_first_passes_the_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,11 @@ def test_weights_that_are_zero_stay_zero() -> None:
     Z = p.inputs @ (p.weights * ~zero) + p.bias
     p = replace(p, weights=p.weights * ~zero, lo=Z, hi=Z)
     for form in lobs.FORMS:
-        for method, target in ((LOBS(0.2, form=form), 0.2), (LOBS(0.8, form=form), 0.8), (LOBS(error=0.1, form=form), 0.1)):
+        for method, target in (
+            (LOBS(sparsity=0.2, form=form), 0.2),
+            (LOBS(sparsity=0.8, form=form), 0.8),
+            (LOBS(error=0.1, form=form), 0.1),
+        ):
             assert bool((method.solve(p, target).weights[zero] == 0).all())
 
 
@@ -181,7 +185,7 @@ def test_compressed_programs_give_the_same_weights() -> None:
     moments.add(p.inputs, p.lo, p.lo)
     compressed = moments.program()
     for form in lobs.FORMS:
-        own, other = (LOBS(0.5, form=form).solve(q, 0.5) for q in (p, compressed))
+        own, other = (LOBS(sparsity=0.5, form=form).solve(q, 0.5) for q in (p, compressed))
         torch.testing.assert_close(own.weights, other.weights, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(own.bias, other.bias, rtol=1e-5, atol=1e-7)
 
@@ -201,7 +205,7 @@ def test_behind_batch_norm_the_layers_own_weights_are_seen(home: Any) -> None:
     folded = replace(p, weights=fold.weights(p.weights), bias=offset, bias_column=column, lo=Z - shift, hi=Z - shift, fold=fold)
     plain = p if home == "layer" else replace(p, bias=None, bias_column=None)
     for form in lobs.FORMS:
-        own, inner = (LOBS(0.5, form=form).solve(q, 0.5) for q in (plain, folded))
+        own, inner = (LOBS(sparsity=0.5, form=form).solve(q, 0.5) for q in (plain, folded))
         torch.testing.assert_close(fold.raw(inner.weights), own.weights, rtol=1e-7, atol=1e-9)
         if home == "layer":
             torch.testing.assert_close(fold.own_offset(inner.bias), own.bias, rtol=1e-7, atol=1e-9)
@@ -218,7 +222,7 @@ def test_inputs_that_are_zero_throughout_go_first() -> None:
     Z = A @ p.weights + p.bias
     p = replace(p, inputs=A, lo=Z, hi=Z)
     for form in lobs.FORMS:
-        solution = LOBS(0.25, form=form, keep_bias=True).solve(p, 0.25)
+        solution = LOBS(sparsity=0.25, form=form, keep_bias=True).solve(p, 0.25)
         assert not bool(solution.weights[[1, 6]].any()) and int((solution.weights != 0).sum()) == 30
         torch.testing.assert_close(solution.weights, p.weights * (A != 0).any(0)[:, None], rtol=1e-5, atol=1e-5)
 
@@ -248,8 +252,8 @@ def test_a_hessian_without_inverse_is_refused(inverse: Any) -> None:
     p = layer(5, 8, 2, "identity", seed=13)
     p = replace(p, inputs=1e9 * p.inputs, name="fc")
     with pytest.raises(InvalidInput, match=r"layer 'fc': the Hessian .* raise damping"):
-        LOBS(0.5, inverse=inverse, damping=1e-9).solve(p, 0.5)
-    assert torch.isfinite(LOBS(0.5, inverse=inverse, damping=1e12).solve(p, 0.5).weights).all()
+        LOBS(sparsity=0.5, inverse=inverse, damping=1e-9).solve(p, 0.5)
+    assert torch.isfinite(LOBS(sparsity=0.5, inverse=inverse, damping=1e12).solve(p, 0.5).weights).all()
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -269,7 +273,7 @@ def test_a_network_within_a_threshold(scheme: Any) -> None:
     assert result.certificate.holds and result.report.density < 1
     assert [layer.name for layer in result.report.layers] == ["0", "4"]
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
-    assert result.report.method == "LOBS" and LOBS(0.5, form="greedy", keep_bias=True).describe() == "LOBS, form greedy, keep bias"
+    assert result.report.method == "LOBS" and LOBS(sparsity=0.5, form="greedy", keep_bias=True).describe() == "LOBS, form greedy, keep bias"
     for own in result.certificate.layers:
         assert own.tolerance is not None and own.distance <= own.tolerance * (1 + 1e-9)
     if scheme == "parallel":
@@ -291,7 +295,7 @@ def tuned(model: nn.Module) -> None:
 def test_rounds_with_retraining() -> None:
     model = network()
     state = copy.deepcopy(model.state_dict())
-    done = alternate(model, batches(), LOBS(0.84, iterative=True), tuned, rounds=2, progress=False)
+    done = alternate(model, batches(), LOBS(sparsity=0.84, iterative=True), tuned, rounds=2, progress=False)
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
     assert [round(result.report.density, 2) for result in done.rounds] == [0.4, 0.16]
     assert all(result.report.scheme == "parallel" for result in done.rounds)
@@ -300,7 +304,7 @@ def test_rounds_with_retraining() -> None:
         if key.endswith("weight"):
             assert bool((last[key][first[key] == 0] == 0).all())
             assert torch.equal(weight == 0, last[key] == 0) and not torch.equal(weight, last[key])
-    again = alternate(model, batches(), LOBS(0.84, iterative=True), tuned, rounds=2, progress=False)
+    again = alternate(model, batches(), LOBS(sparsity=0.84, iterative=True), tuned, rounds=2, progress=False)
     assert all(torch.equal(value, again.model.state_dict()[key]) for key, value in done.model.state_dict().items())
     within = alternate(model, batches(), LOBS(error={"0": 0.1}, iterative=True), tuned, rounds=2, progress=False)
     assert all(result.certificate.holds for result in within.rounds)
@@ -310,33 +314,33 @@ def test_rounds_with_retraining() -> None:
 def test_what_rounds_refuse() -> None:
     model = network()
     with pytest.raises(InvalidInput, match=r"LOBS: iterative=True .* call nettrim.alternate"):
-        prune(model, batches(), LOBS(0.5, iterative=True), progress=False)
-    for method in (LOBS(0.5), OBS(0.5)):
+        prune(model, batches(), LOBS(sparsity=0.5, iterative=True), progress=False)
+    for method in (LOBS(sparsity=0.5), OBS(sparsity=0.5)):
         with pytest.raises(InvalidInput, match="iterative=True"):
             alternate(model, batches(), method, tuned, progress=False)
     with pytest.raises(InvalidInput, match="rounds must be a whole number"):
-        alternate(model, batches(), LOBS(0.5, iterative=True), tuned, rounds=0)
+        alternate(model, batches(), LOBS(sparsity=0.5, iterative=True), tuned, rounds=0)
     with pytest.raises(InvalidInput, match="retrain must be a function"):
-        alternate(model, batches(), LOBS(0.5, iterative=True), None)
+        alternate(model, batches(), LOBS(sparsity=0.5, iterative=True), None)
 
     def forgets(pruned: nn.Module) -> None:
         with torch.no_grad():
             pruned[0].weight += 1
 
     with pytest.raises(InvalidInput, match=r"keep the zeros of '0.weight', and after round 1"):
-        alternate(model, batches(), LOBS(0.5, iterative=True), forgets, progress=False)
+        alternate(model, batches(), LOBS(sparsity=0.5, iterative=True), forgets, progress=False)
 
     def wraps(pruned: nn.Module) -> None:
         nn.utils.parametrizations.weight_norm(pruned[0])
 
     with pytest.raises(InvalidInput, match="layer '0': its weight is computed from other parameters"):
-        alternate(model, batches(), LOBS(0.5, iterative=True), wraps, progress=False)
+        alternate(model, batches(), LOBS(sparsity=0.5, iterative=True), wraps, progress=False)
 
     def replaces(pruned: nn.Module) -> None:
         pruned[0] = nn.Identity()
 
     with pytest.raises(InvalidInput, match="after round 1 '0' is another one"):
-        alternate(model, batches(), LOBS(0.5, iterative=True), replaces, progress=False)
+        alternate(model, batches(), LOBS(sparsity=0.5, iterative=True), replaces, progress=False)
 
 
 class Shifted(nn.Module):
@@ -358,5 +362,5 @@ def test_zeros_that_pruning_did_not_make_may_learn() -> None:
             pruned.last.weight += 1.0
 
     x = torch.rand(30, 6, generator=torch.Generator().manual_seed(0))
-    done = alternate(Shifted(), x, LOBS(0.5, iterative=True), learns, rounds=2, layers=["first"], progress=False)
+    done = alternate(Shifted(), x, LOBS(sparsity=0.5, iterative=True), learns, rounds=2, layers=["first"], progress=False)
     assert len(done.rounds) == 2 and bool((done.model.shift == 2).all())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,11 @@ def test_accumulated_errors_add_up_as_the_theorem_says() -> None:
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.8])
-@pytest.mark.parametrize("method", [LOBS, lambda share: LOBS(share, form="greedy")])
+@pytest.mark.parametrize("method", [LOBS, partial(LOBS, form="greedy")])
 def test_the_bounds_stand_in_the_order_that_is_proven(method: Any, sparsity: float) -> None:
     """docs/lobs.md, Propositions 2 and 3: achieved <= certified <= accumulated."""
     model, (images, _) = network(), data()
-    result = prune(model, images, method(sparsity), scheme="parallel", layers=["0", "4", "6"], progress=False)
+    result = prune(model, images, method(sparsity=sparsity), scheme="parallel", layers=["0", "4", "6"], progress=False)
     found = accumulated(model, result.model, images)
     certified = result.certificate.network
     assert certified.bound is not None

@@ -92,12 +92,12 @@ def test_targets_by_layer() -> None:
     assert [m.target(name) for name in ("fc1", "fc2", "block.0", "other", "xfc1")] == [0.1, 0.2, 0.3, None, None]
     assert NetTrim(epsilon=0.1).target("anything") == 0.1
     assert m.targets == m.epsilon
-    assert Magnitude({"a": 0.5}).target("b") is None
+    assert Magnitude(sparsity={"a": 0.5}).target("b") is None
 
 
 def test_magnitude_by_definition() -> None:
     p = layer(20, 6, 5, seed=1, dtype=torch.float32)
-    solution = Magnitude(0.7).solve(p, 0.7)
+    solution = Magnitude(sparsity=0.7).solve(p, 0.7)
     check(p, solution)
     assert count(solution) == kept_weights(30, 0.7) == 9
     kept = solution.weights != 0
@@ -105,7 +105,7 @@ def test_magnitude_by_definition() -> None:
     assert float(p.weights[kept].abs().min()) >= float(p.weights[~kept].abs().max())
     assert torch.equal(solution.bias, p.bias.float())
     with pytest.raises(InvalidInput, match="Magnitude"):
-        Magnitude(1.0)
+        Magnitude(sparsity=1.0)
 
 
 @pytest.mark.parametrize("norm", ["l1", "l0"])
@@ -164,7 +164,7 @@ def test_budget(sparsity: float, norm: Any) -> None:
     assert count(solution) <= kept_weights(60, sparsity)
     if norm == "l0":
         assert count(solution) == kept_weights(60, sparsity)
-        assert solution.distance <= Magnitude(sparsity).solve(p, sparsity).distance + 1e-6 * p.reference_norm
+        assert solution.distance <= Magnitude(sparsity=sparsity).solve(p, sparsity).distance + 1e-6 * p.reference_norm
 
 
 @pytest.mark.parametrize("norm", ["l1", "l0"])
@@ -273,7 +273,7 @@ METHODS = [
     NetTrim(sparsity=0.5),
     NetTrim(sparsity=0.5, norm="l1"),
     NetTrim(sparsity=0.0),
-    Magnitude(0.5),
+    Magnitude(sparsity=0.5),
 ]
 
 

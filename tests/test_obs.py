@@ -84,7 +84,7 @@ def test_removals_are_shared_as_by_a_heap() -> None:
 
 def test_obs_on_a_layer_is_least_squares_on_a_greedy_support() -> None:
     p = correlated(200, 12, 5, seed=2)
-    W = OBS(0.6, damping=1e-9).solve(p, 0.6).weights
+    W = OBS(sparsity=0.6, damping=1e-9).solve(p, 0.6).weights
     H = gram(p)
     for m in range(5):
         stay = W[:, m] != 0
@@ -119,7 +119,7 @@ def test_what_a_sweep_removes_first_moves_later_inputs_as_obs_does() -> None:
 
 def test_sparsegpt_chooses_by_cost_within_each_block() -> None:
     p = correlated(100, 12, 4, seed=6)
-    solution = SparseGPT(0.5, block=4).solve(p, 0.5)
+    solution = SparseGPT(sparsity=0.5, block=4).solve(p, 0.5)
     kept = solution.weights != 0
     assert [int(part.sum()) for part in kept.split(4)] == [8, 8, 8]
     H = gram(p)

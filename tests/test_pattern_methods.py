@@ -136,7 +136,7 @@ def test_obs_with_n_of_m_is_greedy_where_groups_hold_too_many(N: int, most: int,
 
 def test_obs_with_n_of_m_and_fewer_goes_on_as_without() -> None:
     p = correlated(120, 8, 3, seed=1)
-    half, fewer = (OBS(sparsity, pattern="2:4").solve(p, sparsity).weights for sparsity in (0.5, 0.75))
+    half, fewer = (OBS(sparsity=sparsity, pattern="2:4").solve(p, sparsity).weights for sparsity in (0.5, 0.75))
     assert int((fewer != 0).sum()) == 6 and bool(((half != 0) | (fewer == 0)).all())
 
 

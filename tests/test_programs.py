@@ -139,7 +139,7 @@ def test_names_that_the_graph_does_not_read_stay(tmp_path: Path) -> None:
     found = read_back(model, images(4, 4), tmp_path)
     assert_same(model, found, images(5, 4, seed=4))
     assert {name for name, _ in found.named_parameters()} == {name for name, _ in model.named_parameters()}
-    nettrim.prune(found, [images(9, 4)], nettrim.Magnitude(0.5), progress=False).save(tmp_path / "pruned")
+    nettrim.prune(found, [images(9, 4)], nettrim.Magnitude(sparsity=0.5), progress=False).save(tmp_path / "pruned")
     assert int((nettrim.load(tmp_path / "pruned", Unread()).fc.weight == 0).sum()) == 12
 
 

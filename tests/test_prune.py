@@ -23,7 +23,7 @@ METHODS: list[Any] = [
     NetTrim(sparsity=0.6),
     NetTrim(penalty=0.5),
     NetTrim(epsilon=0.1, norm="l0"),
-    Magnitude(0.5),
+    Magnitude(sparsity=0.5),
 ]
 
 
@@ -75,7 +75,7 @@ def test_small_network(scheme: Any, method: Any, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["cascade", "parallel"])
-@pytest.mark.parametrize("method", [NetTrim(epsilon=0.0), NetTrim(sparsity=0.0), NetTrim(penalty=0.0), Magnitude(0.0)], ids=str)
+@pytest.mark.parametrize("method", [NetTrim(epsilon=0.0), NetTrim(sparsity=0.0), NetTrim(penalty=0.0), Magnitude(sparsity=0.0)], ids=str)
 def test_targets_of_zero_keep_the_function(scheme: Any, method: Any) -> None:
     model = net()
     result = run(model, method, scheme=scheme)
@@ -104,7 +104,7 @@ def test_values_beyond_the_dtype_leave_a_layer_as_it_was() -> None:
             return solution
 
     model = net(dtype=torch.float16)
-    result = run(model, Overflowing(0.5), data().half())
+    result = run(model, Overflowing(sparsity=0.5), data().half())
     assert same(result.model, model)
     assert all(layer.status is Status.SKIPPED and "beyond the range of torch.float16" in layer.notes[0] for layer in result.report.layers)
     assert result.certificate.sound and not result.certificate.met  # half of the weights should have gone
@@ -412,7 +412,7 @@ class Deep(nn.Module):
 )
 def test_selection(settings: dict[str, Any], expected: list[str]) -> None:
     model = Deep()
-    result = run(model, Magnitude(0.5), **settings)
+    result = run(model, Magnitude(sparsity=0.5), **settings)
     assert [layer.name for layer in result.report.layers] == expected
     for name in {"encoder.0", "encoder.2", "head"} - set(expected):
         assert torch.equal(result.model.get_submodule(name).weight, model.get_submodule(name).weight)
@@ -435,7 +435,7 @@ def test_selection(settings: dict[str, Any], expected: list[str]) -> None:
         ({"activations": {"head": preimage.Activation("relu", low=0.1)}}, InvalidInput, "its name 'relu' means another activation"),
         ({"method": NetTrim(sparsity={"head2": 0.5})}, UnknownLayer, "NetTrim.sparsity: no layer fits 'head2'; the nearest is 'head'"),
         ({"method": NetTrim(epsilon={"re:x.*": 0.5})}, UnknownLayer, "pattern 're:x"),
-        ({"method": 0.5}, InvalidInput, "method must be a pruning method"),
+        ({"method": 0.5}, InvalidInput, r"write nettrim.prune\(model, data, sparsity=0.5\)"),
         ({"method": Magnitude}, InvalidInput, "method must be a pruning method"),
         ({"scheme": "serial"}, InvalidInput, "scheme must be 'cascade' or 'parallel', found 'serial'"),
         ({"max_samples": 0}, InvalidInput, "max_samples must be a whole number of at least 1, found 0"),
@@ -448,7 +448,7 @@ def test_selection(settings: dict[str, Any], expected: list[str]) -> None:
 )
 def test_refused_settings(settings: dict[str, Any], kind: type[Exception], message: str) -> None:
     settings = dict(settings)
-    model, method = settings.pop("model", Deep()), settings.pop("method", Magnitude(0.5))
+    model, method = settings.pop("model", Deep()), settings.pop("method", Magnitude(sparsity=0.5))
     with pytest.raises(kind, match=message):
         run(model, method, **settings)
 

@@ -164,7 +164,7 @@ def test_no_bound_is_claimed_that_training_broke(scheme: Any, branches: bool, tm
     """Every entry of the state in turn is moved far; a bound that did not see it would be exceeded."""
     reference = Mixed(branches).eval()
     x = torch.randn(60, 8, generator=torch.Generator().manual_seed(6))
-    result = nettrim.prune(reference, x, Magnitude(0.2), layers=["a", "b"], scheme=scheme, progress=False)
+    result = nettrim.prune(reference, x, Magnitude(sparsity=0.2), layers=["a", "b"], scheme=scheme, progress=False)
     generator = torch.Generator().manual_seed(7)
     bounded = {}
     for key, value in result.model.state_dict().items():
@@ -204,7 +204,7 @@ def test_a_module_that_is_the_layer_itself_and_more() -> None:
 
     torch.manual_seed(0)
     reference, x = Odd(), torch.randn(20, 4)
-    result = nettrim.prune(reference, x, Magnitude(0.5), progress=False)
+    result = nettrim.prune(reference, x, Magnitude(sparsity=0.5), progress=False)
     assert result.certificate.network.bound is not None
     model = copy.deepcopy(result.model)
     model.get_buffer("count").add_(1)
@@ -308,7 +308,7 @@ def test_attention_names_what_its_layers_are(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
     x = torch.rand(BATCH, 3, 8, generator=torch.Generator().manual_seed(0))
-    result = nettrim.prune(model, x, Magnitude(0.5), layers=["self_attn.q_proj", "linear1"], progress=False)
+    result = nettrim.prune(model, x, Magnitude(sparsity=0.5), layers=["self_attn.q_proj", "linear1"], progress=False)
     with nettrim.finetuning(result, learn="all") as tuning:
         optimizer = adam(tuning.parameters())
         for _ in range(3):

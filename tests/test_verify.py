@@ -36,7 +36,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "parallel": {"method": NetTrim(epsilon=0.1), "scheme": "parallel"},
     "subsampled": {"method": NetTrim(epsilon=0.1), "max_samples": 25, "seed": 4},
     "penalty": {"method": NetTrim(penalty=0.3)},
-    "budget": {"method": Magnitude(0.4), "ignore": ["5"]},
+    "budget": {"method": Magnitude(sparsity=0.4), "ignore": ["5"]},
     "out of reach": {"method": NetTrim(epsilon={"0": 0.5, "2": 0.5, "5": 1e-4, "7": 0.2})},
     "correction": {"method": NetTrim(epsilon=0.1, correction=0.5)},
 }

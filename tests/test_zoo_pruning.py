@@ -61,7 +61,7 @@ def images(name: str, seed: int, count: int = 4) -> Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 @FEW
-@given(SEEDS, SCHEMES, st.sampled_from([NetTrim(epsilon=0.0), NetTrim(sparsity=0.0), Magnitude(0.0)]))
+@given(SEEDS, SCHEMES, st.sampled_from([NetTrim(epsilon=0.0), NetTrim(sparsity=0.0), Magnitude(sparsity=0.0)]))
 def test_without_pruning_the_network_is_the_same_function(name: str, seed: int, scheme: Any, method: Any) -> None:
     model, x = network(name, seed), images(name, seed)
     result = prune(model, x, method, scheme=scheme, max_samples=40, seed=seed, progress=False)

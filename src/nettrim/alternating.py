@@ -16,6 +16,7 @@ from .methods import LOBS
 from .methods.targets import PerLayer
 from .pruning import PruneResult, prune
 from .status import InvalidInput
+from .wrappers import takes_models
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Alternated:
         return alternated_text(self)
 
 
+@takes_models("model")
 def alternate(
     model: nn.Module,
     calibration: Batches,

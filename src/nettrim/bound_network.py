@@ -36,6 +36,7 @@ from .progress import Advance, counted, shown
 from .selection import resolve, select
 from .status import InvalidInput
 from .units import Call, Unit
+from .wrappers import takes_models
 
 Form = Literal["ball", "data"]
 PATCH_ROWS = 1 << 16  # rows of patches in memory at a time
@@ -168,6 +169,7 @@ class NetworkBounds:
                 high = middle
         return low
 
+    @takes_models("pruned")
     def of_pruned(self, pruned: nn.Module, *, form: Form | None = None) -> GapBound:
         """The bound for a pruned version in hand, whatever chose its weights: nothing is left to chance.
 
@@ -175,8 +177,6 @@ class NetworkBounds:
             InvalidInput: it is no version of this network whose chosen layers' weights alone differ, or holds NaN or inf.
         """
         form = self._form(form)
-        if not isinstance(pruned, nn.Module):
-            raise InvalidInput(f"the pruned model must be an nn.Module, found {type(pruned).__name__}")
         twin = replicate(opened(pruned, encoders=False), self._reference.device, self._reference.dtype)
         self._check_same(twin)
         twin.graph = self._reference.graph
@@ -259,6 +259,7 @@ class NetworkBounds:
             )
 
 
+@takes_models("model")
 def network_bounds(
     model: nn.Module,
     data: Batches | None = None,
@@ -287,8 +288,6 @@ def network_bounds(
         InvalidInput: an activation without a known Lipschitz constant, a layer called twice, neither data nor radius, and whatever
             :func:`nettrim.prune` refuses.
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(f"model must be an nn.Module, found {type(model).__name__}")
     if data is None and radius is None:
         raise InvalidInput("a bound needs data=, or radius= for all inputs of at most that norm (or both): found neither")
     if radius is not None:

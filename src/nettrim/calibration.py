@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .status import InvalidInput
 
@@ -23,8 +25,9 @@ class Calibration:
     """Re-iterable batches of inputs (and labels, where given); the same ones in every pass, or an error.
 
     A batch is a tensor, a tuple or list whose first item is the input (the second, if any, is the label), or a mapping of keyword inputs.
-    One tensor instead of batches is cut into batches along its first dimension. The first pass checks every batch; later passes compare
-    each with a checksum of its bytes (4 bytes a tensor are kept), which is far cheaper than running a model on it.
+    One tensor instead of batches is cut into batches along its first dimension, and a Dataset of samples is batched in its order. The
+    first pass checks every batch; later passes compare each with a checksum of its bytes (4 bytes a tensor are kept), which is far cheaper
+    than running a model on it.
     """
 
     def __init__(self, batches: Batches, what: str = "calibration") -> None:
@@ -33,12 +36,12 @@ class Calibration:
             if batches.ndim < 2:
                 raise InvalidInput(f"{what}: a tensor of data needs samples along its first dimension, found shape {tuple(batches.shape)}")
             batches = list(torch.split(batches, BATCH))
-        elif isinstance(batches, (str, bytes, Mapping)) or type(batches).__module__ == "numpy" or not isinstance(batches, Iterable):
-            remedy = "; put the one batch into a list" if isinstance(batches, Mapping) else ""
-            remedy = "; use torch.from_numpy" if type(batches).__module__ == "numpy" else remedy
+        elif isinstance(batches, Dataset) and not isinstance(batches, IterableDataset) and hasattr(batches, "__len__"):
+            batches = DataLoader(batches, BATCH)  # samples, in their order
+        elif isinstance(batches, (str, bytes, Mapping, Dataset, np.ndarray)) or not isinstance(batches, Iterable):
             raise InvalidInput(
-                f"{what} must be batches that can be read more than once (a list or a DataLoader) or one tensor, "
-                f"found {type(batches).__name__}{remedy}"
+                f"{what} must be batches that can be read more than once (a list or a DataLoader), a Dataset of samples or one tensor, "
+                f"found {type(batches).__name__}{_instead(batches)}"
             )
         elif isinstance(batches, Iterator):
             raise InvalidInput(
@@ -47,6 +50,7 @@ class Calibration:
             )
         self.batches = batches
         self.fingerprints: list[tuple[Any, ...]] | None = None
+        self.form: dict[str, Any] | None = None  # of the keyword inputs: plain values, which decide what a model does
 
     @property
     def count(self) -> int:
@@ -65,20 +69,38 @@ class Calibration:
             count += 1
             if self.fingerprints is None:
                 check_batch(batch, count, self.what)
+                self._check_form(batch, count)
                 seen.append(_fingerprint(batch))
             elif count > len(self.fingerprints) or self.fingerprints[count - 1] != _fingerprint(batch):
                 raise InvalidInput(
                     f"{self.what}: batch {count} differs from the one of the first pass; every pass must see the same data: "
-                    "use shuffle=False and no random augmentation, or list(...) of the loader"
+                    "use shuffle=False and no random augmentation, or keep one pass: give list(loader)"
                 )
             yield batch
         if not count:
-            raise InvalidInput(f"{self.what} is empty; give at least one batch")
+            raise InvalidInput(
+                f"{self.what} is empty; give at least one batch (a loader with drop_last=True drops a set smaller than a batch)"
+            )
         if self.fingerprints is None:
             self.fingerprints = seen
         elif count != len(self.fingerprints):
             raise InvalidInput(
                 f"{self.what}: this pass had {count} batches, the first one {len(self.fingerprints)}; every pass must see the same data"
+            )
+
+    def _check_form(self, batch: Any, number: int) -> None:
+        """Refuses keyword inputs with other names or plain values than the first batch's: they decide what a model computes."""
+        form = {key: None if isinstance(value, Tensor) else repr(value) for key, value in (keywords_of(batch) or {}).items()}
+        if number == 1:
+            self.form = form
+        elif form != self.form:
+            found, first = (
+                ", ".join(key if value is None else f"{key}={value}" for key, value in each.items()) or "no keyword inputs"
+                for each in (form, self.form or {})
+            )
+            raise InvalidInput(
+                f"{self.what}: batch {number} gives {found}, the first one {first}; every batch must call the model in the same way: "
+                "give the same keys in all, or use those batches alone that do"
             )
 
 
@@ -93,9 +115,11 @@ def forward(model: nn.Module, batch: Any, device: torch.device, dtype: torch.dty
         moved = moved.to(dtype) if dtype is not None and value.is_floating_point() else moved
         return moved.clone() if moved.data_ptr() == value.data_ptr() else moved  # a model may work in place
 
+    # a GraphModule's own call prints a traceback of generated code before it raises
+    call = partial(nn.Module.__call__, model) if isinstance(model, fx.GraphModule) else model
     if isinstance(inputs, Mapping):
-        return model(**{key: move(value) for key, value in inputs.items()})
-    return model(move(inputs))
+        return call(**{key: move(value) for key, value in inputs.items()})
+    return call(move(inputs))
 
 
 def labels(batch: Any) -> Tensor | None:
@@ -120,14 +144,16 @@ def check_batch(batch: Any, number: int, what: str) -> None:
     """Refuses a batch that is not usable: wrong kind, no samples, NaN or inf."""
     inputs = inputs_of(batch)
     if not isinstance(inputs, (Tensor, Mapping)):
-        remedy = "; use torch.from_numpy" if type(inputs).__module__ == "numpy" else ""
+        where = "" if inputs is batch else f" in a {type(batch).__name__}"
         raise InvalidInput(
             f"{what}: batch {number} must be a tensor, a tuple whose first item is a tensor, or a mapping of keyword inputs, "
-            f"found {type(inputs).__name__}{remedy}"
+            f"found {type(inputs).__name__}{where}{_instead(inputs)}"
         )
     tensors = _tensors(batch)
     if not tensors:
-        raise InvalidInput(f"{what}: batch {number} holds no tensor")
+        items = inputs.items() if isinstance(inputs, Mapping) else ()
+        found = ", ".join(f"{key!r}: {type(value).__name__}{_instead(value)}" for key, value in items)
+        raise InvalidInput(f"{what}: batch {number} holds no tensor{f' ({found})' if found else ''}")
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.is_meta:
             kind = "meta" if tensor.is_meta else tensor.layout
@@ -136,6 +162,29 @@ def check_batch(batch: Any, number: int, what: str) -> None:
             raise InvalidInput(f"{what}: batch {number} holds no samples (shape {tuple(tensor.shape)})")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InvalidInput(f"{what}: batch {number} holds NaN or inf; remove or repair those samples")
+
+
+def _instead(value: object) -> str:
+    """What to give instead of something that is no data, as the end of a sentence."""
+    if isinstance(value, np.ndarray):
+        change = {"u": ".float() / 255" if value.dtype == np.uint8 else ".long()", "f": ".float()"}.get(value.dtype.kind, "")
+        change = "" if value.dtype == np.float32 else change
+        return f"; use torch.from_numpy(array){change}"
+    if isinstance(value, Mapping):
+        return "; put the one batch into a list"
+    if isinstance(value, IterableDataset):
+        return "; give DataLoader(dataset, batch_size=256)"
+    if isinstance(value, Dataset):
+        return " without a length; give DataLoader(dataset, batch_size=256)"
+    if isinstance(value, (str, bytes)):
+        return "; load the file first: torch.from_numpy(numpy.load(path)), say"
+    if isinstance(value, (tuple, list)) and any(isinstance(item, Tensor) for item in value):
+        return "; give several inputs by name: ({'a': first, 'b': second}, labels), with the names of forward's arguments"
+    if isinstance(value, (tuple, list)) and value:
+        return "; use torch.tensor(...)"
+    if callable(value):
+        return "; call it, and give list(...) of what it makes"
+    return ""
 
 
 def sample_digests(batches: Calibration) -> list[bytes]:
@@ -186,6 +235,12 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
 def inputs_of(batch: Any) -> Any:
     """The model's input in a batch: the first item of a tuple or list, or the batch itself."""
     return batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+
+
+def keywords_of(batch: Any) -> Mapping[str, Any] | None:
+    """The keyword inputs of a batch; ``None`` where its input is one positional tensor."""
+    inputs = inputs_of(batch)
+    return inputs if isinstance(inputs, Mapping) else None
 
 
 def _tensors(batch: Any) -> list[Tensor]:

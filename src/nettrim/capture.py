@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from . import calibration as data
 from .calibration import Calibration
+from .diagnosis import cannot_run, check_first, first_line
 from .graph import Graph, read
 from .layers import LayerView
 from .outputs import disagreement, outputs_of
@@ -192,7 +193,7 @@ def device_of(model: nn.Module, device: torch.device | str | None) -> torch.devi
         place = torch.device(device) if device is not None else torch.device("cpu") if first is None else first.device
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise InvalidInput(f"device {device!r} cannot be used here: {_first_line(error)}") from error
+        raise InvalidInput(f"device {device!r} cannot be used here: {first_line(error)}") from error
     return torch.device("cpu") if place.type == "mps" else place
 
 
@@ -202,7 +203,7 @@ def replicate(model: nn.Module, device: torch.device, dtype: torch.dtype | None)
         twin = copy.deepcopy(model)
     except Exception as error:
         raise InvalidInput(
-            f"the model ({type(model).__name__}) cannot be copied with copy.deepcopy ({_first_line(error)}); detach or remove tensors that "
+            f"the model ({type(model).__name__}) cannot be copied with copy.deepcopy ({first_line(error)}); detach or remove tensors that "
             "it keeps from earlier passes, and make wrapped weights plain (torch.nn.utils.prune.remove, remove_weight_norm)"
         ) from error
     twin = twin.to(device).eval()
@@ -217,16 +218,19 @@ def reference_replica(model: nn.Module, device: torch.device, first_batch: Any) 
     """
     native = replicate(model, device, None)
     try:
-        output = native.run(first_batch)
+        output = check_first(native.model, native.run, first_batch)
+    except InvalidInput:
+        raise
     except Exception as error:
-        raise InvalidInput(f"the model cannot run on the first batch of the calibration data: {_first_line(error)}") from error
+        reason = cannot_run(native.model, native.run, first_batch, error)
+        raise InvalidInput(f"the model cannot run on the first batch of the calibration data: {reason}") from error
     outputs_of(output)
     wide, notice = replicate(model, device, torch.float64), ""
     try:
         output = wide.run(first_batch)
     except Exception as error:
         wide = native
-        notice = f"the model does not run in float64 ({_first_line(error)}): calibration passes ran in its own dtype"
+        notice = f"the model does not run in float64 ({first_line(error)}): calibration passes ran in its own dtype"
     other = disagreement(output, wide.run(first_batch), wide.precision)
     if other:
         raise InvalidInput(
@@ -238,8 +242,7 @@ def reference_replica(model: nn.Module, device: torch.device, first_batch: Any) 
 
 def read_graph(reference: Replica, names: Sequence[str], stated: Mapping[str, Activation], batch: Any) -> Graph:
     """Reads the reference network's graph for calls like that of ``batch``, and checks on it that the graph computes the same."""
-    inputs = data.inputs_of(batch)
-    given = list(inputs) if isinstance(inputs, Mapping) else None
+    given = data.keywords_of(batch)
 
     def agrees(module: nn.Module) -> bool:
         traced = Replica(module, reference.device, reference.dtype)
@@ -306,7 +309,8 @@ def scan(reference: Replica, names: Sequence[str], batches: Calibration) -> Scan
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, InvalidInput):
                 raise
-            raise InvalidInput(f"{batches.what}: the model cannot run on batch {number}: {_first_line(error)}") from error
+            reason = cannot_run(reference.model, reference.run, batch, error)
+            raise InvalidInput(f"{batches.what}: the model cannot run on batch {number}: {reason}") from error
         for name in dict.fromkeys(order):
             result.calls[name] = max(result.calls.get(name, 0), counts[name])
         for path, value in outputs_of(output).scores.items():
@@ -338,10 +342,6 @@ def _check_affine(layer: LayerView, call: Call, precision: float) -> None:
             f"layer {layer.name!r} ({layer.kind}) does not put out its input times its weight plus its bias: a forward of its own, or a "
             f"hook, changes that; merge or remove it, or pass ignore=[{layer.name!r}]"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Selection:

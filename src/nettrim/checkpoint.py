@@ -21,6 +21,7 @@ from .certificate import Certificate
 from .layers import add_bias, can_take_bias, without_values
 from .report import PruneReport
 from .status import InvalidInput
+from .wrappers import bare_modules, unwrapped, without_prefix
 
 if TYPE_CHECKING:
     from .pruning import PruneResult
@@ -48,9 +49,10 @@ def check_writable(folder: str | Path) -> Path:
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, each tensor with storage of its own. Raises InvalidInput for state that is no dense tensor with values."""
+    """The state dict under names without wrappers, each tensor with storage of its own. Raises InvalidInput for state that is no dense
+    tensor with values."""
     state = {}
-    for key, value in model.state_dict().items():
+    for key, value in unwrapped(model).state_dict().items():
         if not isinstance(value, Tensor):
             raise InvalidInput(
                 f"state_dict entry {key!r} is a {type(value).__name__}; safetensors holds tensors only: use torch.save for this model"
@@ -198,29 +200,31 @@ def _replace_all(staging: Path, path: Path, names: Sequence[str]) -> None:
 def load(folder: str | Path, into: nn.Module) -> nn.Module:
     """Loads pruned weights from a saved folder (or a safetensors file) into ``into``, in place, and returns it.
 
-    Layers to which ``add_bias=True`` gave a bias get one here too, when they have none.
+    Layers to which ``add_bias=True`` gave a bias get one here too, when they have none. ``into`` may be compiled or wrapped in
+    nn.DataParallel, and so may the model have been that a state dict was saved of: names are compared without what wrappers add to them.
 
     Raises:
         InvalidInput: the file is missing or damaged, or names, shapes or dtypes do not fit; nothing is written in that case.
     """
     path = Path(folder)
     file = path / MODEL if path.is_dir() else path
-    state, own = read_weights(file), into.state_dict()
+    own = unwrapped(into, "load: into").state_dict()
+    state, _ = without_prefix(read_weights(file), own)
     for key, value in state.items():
         if key in own and torch.promote_types(own[key].dtype, value.dtype) != own[key].dtype:
             raise InvalidInput(
                 f"weights {path}: {key} is stored in {value.dtype}, the model holds it in {own[key].dtype}, which would round it away "
                 f"from what is certified; convert the model first with .to({value.dtype})"
             )
-    modules = dict(into.named_modules())
+    modules = bare_modules(into)
     missing = [modules[name] for name in _added_biases(file) if name in modules and can_take_bias(modules[name])]
     for module in missing:
         add_bias(module)
     try:
-        load_state(into, state, str(path))
+        load_state(unwrapped(into), state, str(path))
     except BaseException:
         for module in missing:
-            module.bias = None
+            module.register_parameter("bias", None)
         raise
     return into
 

@@ -23,6 +23,7 @@ from .calibration import Batches, Calibration
 from .capture import Replica, device_of, hashes, random_state_kept, replicate
 from .checkpoint import check_writable
 from .corrections import Parts, corrections_of
+from .diagnosis import cannot_run
 from .experiments.journal import Journal
 from .heldout import Reading, check_heldout, read_outputs
 from .layers import view
@@ -38,6 +39,7 @@ from .records import build
 from .selection import select
 from .status import InvalidInput
 from .verification import versions
+from .wrappers import takes_models
 
 ALL = "all"
 JOURNAL = "compare.jsonl"
@@ -175,6 +177,7 @@ def _cut(batch: Any, count: int, held: int) -> Any:
     return tuple(_cut(value, count, held) for value in batch) if isinstance(batch, (tuple, list)) else batch
 
 
+@takes_models("model")
 def compare(
     model: nn.Module,
     calibration: Batches,
@@ -216,8 +219,6 @@ def compare(
     """
     names = methods_named(methods, pattern)
     wanted = _runs(names, sparsities, pattern, seed)
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(f"model must be an nn.Module, found {type(model).__name__}")
     whole = opened(model)
     chosen = select(whole, layers, ignore, model)
     modules = dict(whole.named_modules())
@@ -242,7 +243,8 @@ def compare(
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, InvalidInput):
                 raise
-            raise InvalidInput(f"{measured.what}: the model cannot run on it: {str(error).splitlines()[0]}") from error
+            reason = cannot_run(reference.model, reference.run, next(iter(measured.batches)), error)
+            raise InvalidInput(f"{measured.what}: the model cannot run on it: {reason}") from error
         settings = {
             "scheme": scheme,
             "layers": chosen,

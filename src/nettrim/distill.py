@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from .attention import closed, opened
 from .calibration import Batches, Calibration
 from .capture import Replica, device_of, random_state_kept, read_graph, replicate
+from .diagnosis import cannot_run
 from .finetune import keep_zeros, learnable
 from .outputs import outputs_of, real, square, squares
 from .progress import Advance, shown
 from .stacked import Group, differentiable, outputs, split, stacked
 from .status import InvalidInput
 from .trained import zeroed_layers
+from .wrappers import takes_models
 
 LOOKS = 40  # times that the held-back samples are looked at
 
@@ -55,6 +57,7 @@ class Distilled:
     __repr__ = __str__
 
 
+@takes_models("pruned", "reference")
 def distill(
     pruned: nn.Module,
     reference: nn.Module,
@@ -109,9 +112,6 @@ def distill(
     """
     started = time.perf_counter()
     _check(loss, temperature, learn, steps, batch_size, learning_rate, mixing, holdback, seed)
-    for name, model in (("pruned", pruned), ("reference", reference)):
-        if not isinstance(model, nn.Module):
-            raise InvalidInput(f"distill: {name} must be an nn.Module, found {type(model).__name__}")
     source = opened(pruned, encoders=False)
     names = zeroed_layers(source, opened(reference, encoders=False), "distill")
     batches = Calibration(calibration)
@@ -157,7 +157,8 @@ def _compare_forms(student: Replica, teacher: Replica, first: Any) -> None:
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, InvalidInput):
                 raise
-            raise InvalidInput(f"distill: the {name} model cannot run on the calibration data: {str(error).splitlines()[0]}") from error
+            reason = cannot_run(model.model, model.run, first, error)
+            raise InvalidInput(f"distill: the {name} model cannot run on the calibration data: {reason}") from error
     if found[0] != found[1]:
         raise InvalidInput(
             f"distill: the two models must put out tensors of the same shapes, found {found[0]} (pruned) and {found[1]} (reference); "

@@ -16,6 +16,7 @@ from .layers import is_prunable
 from .pruning import PruneResult
 from .status import InvalidInput
 from .trained import key, own_keys, zeroed_layers
+from .wrappers import unwrapped
 
 
 class _Kept:
@@ -182,12 +183,14 @@ def finetuning(
         names = [layer.name for layer in pruned.report.layers]
         norms = {layer.name: layer.norm for layer in pruned.report.layers}
     elif isinstance(pruned, nn.Module):
-        model, source = pruned, opened(pruned)
-        names = zeroed_layers(source, None if reference is None else opened(reference), "finetuning")
+        model, source = pruned, opened(unwrapped(pruned, "finetuning: pruned"))
+        dense = None if reference is None else opened(unwrapped(reference, "finetuning: reference"))
+        names = zeroed_layers(source, dense, "finetuning")
         norms = _norms(source, names)
     else:
         raise InvalidInput(f"finetuning: it needs what nettrim.prune returned, or a pruned model; found {type(pruned).__name__}")
-    return FineTuning(model, learnable(model, names, norms, learn, "finetuning"), _kept_of(model, names, learn))
+    bare = unwrapped(model)  # whose tensors are the model's own
+    return FineTuning(model, learnable(bare, names, norms, learn, "finetuning"), _kept_of(bare, names, learn))
 
 
 def _norms(model: nn.Module, names: Sequence[str]) -> dict[str, str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import warnings
+import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from . import preimage
@@ -27,6 +29,7 @@ from .nodes import (
     reads_shape,
 )
 from .preimage import IDENTITY, Activation
+from .quiet import unheard
 from .reading import PARTS, Correction, Reading, corrected
 
 Node = fx.Node
@@ -121,7 +124,7 @@ def read(
     names: Iterable[str],
     stated: Mapping[str, Activation] | None = None,
     *,
-    given: Iterable[str] | None = None,
+    given: Mapping[str, Any] | None = None,
     agrees: Callable[[nn.Module], bool] | None = None,
     plain: Iterable[str] = (),
 ) -> Graph:
@@ -131,7 +134,9 @@ def read(
         model: in eval mode.
         names: the layers whose activations are wanted.
         stated: activations that go before what the graph says.
-        given: names of the arguments that ``model`` is called with; the others keep their defaults. By default the first one.
+        given: the keyword arguments that ``model`` is called with: tensors may vary, plain values (``None``, numbers, texts) are held, and
+            arguments that are not named keep their defaults. By default it is called with its first argument, and others that
+            have no default.
         agrees: tells whether a module made from the graph computes what the model does. Tracing follows one side of tests such as
             ``x is None`` without notice, so a graph that does not agree is not used.
         plain: layers whose batch-norm and added branches are left out, because the tensors do not have the form that they need.
@@ -193,20 +198,40 @@ def _contradicts(name: str) -> str:
     return f"what is stated of layer {name!r} is not what the graph shows"
 
 
-def _trace(model: nn.Module, given: Iterable[str] | None) -> fx.Graph:
+def _trace(model: nn.Module, given: Mapping[str, Any] | None) -> fx.Graph:
     """The graph for the arguments that are given; all others keep their defaults, as they do when the model is called."""
-    parameters = inspect.signature(model.forward).parameters
-    first = list(parameters)[:1] if given is None else list(given)
-    defaults = {
-        name: parameter.default for name, parameter in parameters.items() if name not in first and parameter.default is not parameter.empty
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about defaults that fx cannot assert
-        return _Tracer().trace(model, concrete_args=defaults or None)
+    with unheard():
+        return _Tracer(given).trace(model)
 
 
 class _Tracer(fx.Tracer):
-    """Does not look into attention, whose masks and shapes decide what it does."""
+    """Calls the model as it is called with data, by name where ``given`` is a mapping, so that ``forward(**kwargs)`` finds its keys.
+
+    It does not look into attention, whose masks and shapes decide what it does.
+    """
+
+    def __init__(self, given: Mapping[str, Any] | None) -> None:
+        super().__init__()
+        self.given = given
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """The function to trace, and what it is called with: one placeholder for each argument that is given."""
+        order = inspect.signature(self.root.forward).parameters  # a module made from the graph takes them in this order
+        if self.given is None:
+            needed = [name for name, item in order.items() if item.kind is item.POSITIONAL_OR_KEYWORD and item.default is item.empty]
+            names = list(dict.fromkeys([*list(order)[:1], *needed])) or ["input"]
+            return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+        values: dict[str, Any] = {}
+        for name in [*(name for name in order if name in self.given), *(name for name in self.given if name not in order)]:
+            value = self.given[name]
+            values[name] = self.create_proxy("placeholder", name, (), {})
+            if value is None or isinstance(value, (bool, int, float, str)):
+                same = self.create_proxy("call_function", operator.is_ if value is None else operator.eq, (values[name], value), {})
+                self.create_proxy("call_function", torch._assert, (same, f"{name} was {value!r} when the model was traced"), {})
+                values[name] = value
+        return lambda root: root_fn(root, **values), [self.root]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, AttentionLayers) or super().is_leaf_module(m, module_qualified_name)

@@ -16,6 +16,7 @@ from .assignment import Layout, best, divisible, form_of, joined, layouts_of
 from .calibration import Calibration
 from .capture import Replica
 from .certificate import HeldOutCertificate, clopper_pearson_upper
+from .diagnosis import cannot_run, first_line
 from .outputs import Outputs, outputs_of, pairs
 from .predictions import Classes, classes_of, labelled, right, stayed
 from .progress import Advance, counted, silent
@@ -40,9 +41,13 @@ def check_heldout(reference: Replica, batches: Calibration, calibration: Calibra
             "that were not used for pruning"
         )
     try:
-        reference.run(next(iter(batches)))
+        first = next(iter(batches))
+        reference.run(first)
+    except InvalidInput:
+        raise
     except _FAILS as error:
-        raise InvalidInput(f"{batches.what}: the model cannot run on batch 1: {error}") from error
+        reason = cannot_run(reference.model, reference.run, first, error)
+        raise InvalidInput(f"{batches.what}: the model cannot run on batch 1: {reason}") from error
     return sum(overlap)
 
 
@@ -148,7 +153,7 @@ def read_outputs(networks: Sequence[Replica], batches: Calibration) -> Reading:
             try:
                 survey.check(layouts_of(network, together, outputs if together is batch else None))
             except _FAILS as error:
-                survey.fail(f"the model does not run on a part of a batch ({_first_line(error)})")
+                survey.fail(f"the model does not run on a part of a batch ({first_line(error)})")
     return survey.reading()
 
 
@@ -382,7 +387,3 @@ def _wrong_bounds(s: HeldOutCertificate) -> list[str]:
         if not fits:
             found.append(f"{name} is stated as {stated}, recomputed as {wanted}")
     return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

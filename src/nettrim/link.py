@@ -45,6 +45,7 @@ from .outputs import disagreement
 from .preimage import Activation
 from .selection import select
 from .status import InvalidInput
+from .wrappers import takes_models
 
 _SMALLEST = torch.finfo(torch.float64).tiny  # below it, numbers lose digits
 _RANGE = f"[{_SMALLEST:.3g}, {torch.finfo(torch.float64).max:.3g}]"
@@ -68,6 +69,7 @@ class LinkNormalised:
         """``C_L``, the product of the scales: the original's output is this times the normalised network's."""
         return math.prod(self.scales.values())
 
+    @takes_models("model")
     def restore(self, model: nn.Module) -> nn.Module:
         """A copy of ``model``, the normalised network or a pruned version of it, with weights and biases multiplied back.
 
@@ -76,10 +78,6 @@ class LinkNormalised:
         Raises:
             InvalidInput: a model with other layers or shapes, NaN or inf, or restored weights beyond the range of their dtype.
         """
-        if not isinstance(model, nn.Module):
-            raise InvalidInput(
-                f"restore: model must be an nn.Module, found {type(model).__name__}; pass LinkNormalised.model, or its pruned copy"
-            )
         _refuse_other(model, self.model)
         twin = copy.deepcopy(model)
         twin.zero_grad(set_to_none=True)
@@ -96,6 +94,7 @@ class LinkNormalised:
         return twin
 
 
+@takes_models("model")
 def normalise(model: nn.Module, example: Batches) -> LinkNormalised:
     """A copy of a chain of layers with ``||W_l||_1 = 1`` in every layer, and the scales that lead back; ``model`` is left unchanged.
 
@@ -107,8 +106,6 @@ def normalise(model: nn.Module, example: Batches) -> LinkNormalised:
         InvalidInput: not such a chain (other activations, batch-norm, pooling, branches, tied or repeated layers), a layer whose weights
             are all zero, or entries that float64 cannot hold when divided; the message names the layer or step.
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(f"normalise: model must be an nn.Module, found {type(model).__name__}")
     _refuse_ties(model)
     names = select(model, None, ())
     batches = Calibration(example, "example")
@@ -184,7 +181,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str, label: str) -> Tensor:
 
 def _read(reference: Replica, names: Sequence[str], batch: object) -> tuple[Graph, list[fx.Node]]:
     """The reading of the model, and the nodes of the graph that it was read from; that graph computes what the model does."""
-    inputs = data.inputs_of(batch)
     steps: list[fx.Node] = []
 
     def agrees(module: nn.Module) -> bool:
@@ -192,7 +188,7 @@ def _read(reference: Replica, names: Sequence[str], batch: object) -> tuple[Grap
         traced = Replica(module, reference.device, reference.dtype)
         return not disagreement(reference.run(batch), traced.run(batch), reference.precision)
 
-    graph = read(reference.model, names, given=list(inputs) if isinstance(inputs, Mapping) else None, agrees=agrees)
+    graph = read(reference.model, names, given=data.keywords_of(batch), agrees=agrees)
     return graph, steps
 
 

@@ -26,10 +26,11 @@ from .capture import (
     scan,
 )
 from .certificate import Certificate
+from .choice import check_order, method_of
 from .corrections import Parts, corrected_graph, corrections_of
 from .heldout import certify_heldout, check_heldout
 from .layers import view
-from .methods import Method
+from .methods import Method, PerLayer
 from .methods.targets import check_room
 from .opening import how_opened
 from .preimage import Activation
@@ -40,6 +41,7 @@ from .selection import resolve, select
 from .status import InvalidInput, NothingToPrune
 from .summary import result_text
 from .whole import reasons_of, whole_model
+from .wrappers import takes_models, unwrapped
 
 MAX_SAMPLES = 20_000
 
@@ -66,7 +68,7 @@ class PruneResult:
         Raises:
             InvalidInput: the model was changed since its certificate was made; or the folder cannot be written to.
         """
-        if hashes(opened(self.model)) != self.certificate.weights_hash:
+        if hashes(opened(unwrapped(self.model))) != self.certificate.weights_hash:
             raise InvalidInput(
                 "save: the model's weights are not those that its certificate speaks of: they were changed afterwards; "
                 "nettrim.recertify(result, result.model, model, calibration) makes a result that speaks of them"
@@ -77,15 +79,18 @@ class PruneResult:
 
     def masks(self) -> dict[str, NDArray[np.bool_]]:
         """For each pruned layer, which weights are not zero, in the shape in which its module keeps them."""
-        modules = dict(opened(self.model).named_modules())
+        modules = dict(opened(unwrapped(self.model)).named_modules())
         return {layer.name: (view(layer.name, modules[layer.name]).weight.detach() != 0).cpu().numpy() for layer in self.report.layers}
 
 
+@takes_models("model", first=check_order)
 def prune(
     model: nn.Module,
     calibration: Batches,
-    method: Method,
+    method: Method | None = None,
     *,
+    sparsity: PerLayer | None = None,
+    epsilon: PerLayer | None = None,
     scheme: Literal["cascade", "parallel"] = "cascade",
     allocation: Literal["uniform", "global"] = "uniform",
     target: Literal["parameters", "bytes", "macs"] = "parameters",
@@ -109,7 +114,10 @@ def prune(
         calibration: unlabelled batches that can be read more than once: tensors, tuples whose first item is the input, or mappings of
             keyword inputs; or one tensor with samples along its first dimension.
         method: ``NetTrim(...)``, or one to measure against: ``Magnitude``, ``Random``, ``Wanda``, ``OBS``, ``SparseGPT``,
-            ``LinearADMM``, ``LOBS``.
+            ``LinearADMM``, ``LOBS``. Instead of a method, ``sparsity`` or ``epsilon``.
+        sparsity: ``NetTrim(sparsity=...)`` with its defaults: the fraction of weights that become zero, in [0, 1); a number, or a mapping
+            from layer name (or ``re:pattern``) to number.
+        epsilon: ``NetTrim(epsilon=...)`` with its defaults: how far each layer's output may move, relative to its norm; in the same forms.
         scheme: ``"parallel"`` (every layer sees the reference network's inputs) or ``"cascade"`` (the pruned network's).
         allocation: ``"uniform"`` gives every layer the method's target. ``"global"`` shares one sparsity out over all pruned layers so that
             the network's outputs move least, from a curve of error against density measured for each layer (magnitude pruning: by one
@@ -145,10 +153,7 @@ def prune(
     started = time.perf_counter()
     if scheme not in ("cascade", "parallel"):
         raise InvalidInput(f"scheme must be 'cascade' or 'parallel', found {scheme!r}")
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(f"model must be an nn.Module, found {type(model).__name__}")
-    if isinstance(method, type) or not callable(getattr(method, "solve", None)):
-        raise InvalidInput(f"method must be a pruning method such as nettrim.NetTrim(epsilon=0.02), found {method!r}")
+    method = method_of(method, sparsity, epsilon)
     if isinstance(max_samples, bool) or not isinstance(max_samples, int) or max_samples < 1:
         raise InvalidInput(f"max_samples must be a whole number of at least 1, found {max_samples!r}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:

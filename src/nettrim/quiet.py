@@ -1,10 +1,12 @@
-"""Silence, for a time, for what libraries log beside what is told here in other words."""
+"""Silence, for a time, for what libraries log, print or warn beside what is told here in other words."""
 
 from __future__ import annotations
 
+import io
 import logging
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 
 @contextmanager
@@ -17,3 +19,12 @@ def quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Nothing that is printed, written to standard error or warned of is shown: for a pass over stand-ins of tensors, whose words mean
+    nothing to a user. What a model prints itself is still shown in its passes over data."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

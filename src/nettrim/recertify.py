@@ -30,12 +30,14 @@ from .trained import differing, key, own_keys
 from .verification import Claim, Setup, certify
 from .verify import stated_corrections
 from .whole import whole_model
+from .wrappers import takes_models
 
 CHANGED = "its weights were changed after pruning: distances are those of the new weights; tolerances and gaps are not claimed any more"
 BESIDE = "changed after pruning besides the pruned layers: "
 ZEROS = "zeros were lost after pruning: "
 
 
+@takes_models("model", "reference")
 def recertify(
     result: PruneResult | str | Path,
     model: nn.Module,
@@ -72,9 +74,6 @@ def recertify(
         old, report = result.certificate, result.report
     else:
         raise InvalidInput(f"recertify: result must be what nettrim.prune returned, or its folder; found {type(result).__name__}")
-    for name, value in (("model", model), ("reference", reference)):
-        if not isinstance(value, nn.Module):
-            raise InvalidInput(f"recertify: {name} must be an nn.Module, found {type(value).__name__}")
     names = [layer.name for layer in old.layers]
     original, changed = opened(reference), opened(model)
     select(original, names, (), reference)

@@ -1,12 +1,9 @@
-"""Models and data named on the command line: ``package.module:factory`` and files."""
+"""Models and data named on the command line: by a factory or by a file."""
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,26 +13,51 @@ from torch import Tensor, nn
 
 from .calibration import Batches
 from .checkpoint import load_state, read_weights
+from .factories import made_by
 from .programs import model_from_program
 from .status import InvalidInput
+from .wrappers import unwrapped, without_prefix
 
 INPUT_NAMES = ("inputs", "x", "X", "images", "arr_0")
 LABEL_NAMES = ("labels", "y", "Y", "targets", "arr_1")
 
 
-def model_from(text: str, weights: Path | None) -> nn.Module:
-    """The model that ``package.module:factory`` makes (a function without required arguments, a class, or a module object), or that
-    a ``.pt2`` program of torch.export holds, with the weights of a ``.safetensors`` file or of a state dict saved by ``torch.save``."""
-    made = model_from_program(Path(text)) if text.endswith(".pt2") else _call(text, "model")
+@dataclass(frozen=True)
+class Source:
+    """A model named on the command line, and what a report should say of where its weights come from."""
+
+    model: nn.Module
+    notes: tuple[str, ...] = ()
+
+
+def carries_weights(text: str) -> bool:
+    """Whether a model is named by a file that holds its weights, a ``.pt2`` program of torch.export."""
+    return text.endswith(".pt2")
+
+
+def source_from(text: str, weights: Path | None) -> Source:
+    """The model that ``package.module:factory`` or ``file.py:factory`` makes (a function without required arguments, a class, or a module
+    object), or that a ``.pt2`` program of torch.export holds, with the weights of a ``.safetensors`` file or of a state dict saved by
+    ``torch.save``."""
+    made = model_from_program(Path(text)) if carries_weights(text) else made_by(text, "model")
     if not isinstance(made, nn.Module):
         raise InvalidInput(f"model {text!r}: it must give an nn.Module, found {type(made).__name__}")
-    if weights is not None:
-        load_state(made, read_weights(weights), str(weights))
-    return made
+    made = unwrapped(made, f"model {text!r}:")
+    if weights is None:
+        return Source(made, () if carries_weights(text) else (f"its weights are those with which {text} makes it; none were read",))
+    state, taken = without_prefix(read_weights(weights), made.state_dict())
+    load_state(made, state, str(weights))
+    return Source(made, (f"weights {weights}: {taken!r}, which a wrapper put before every name, was taken off",) if taken else ())
+
+
+def model_from(text: str, weights: Path | None) -> nn.Module:
+    """The model of :func:`source_from`."""
+    return source_from(text, weights).model
 
 
 def batches_from(text: str, model: nn.Module, batch_size: int) -> Batches:
-    """Batches from ``.npy`` (inputs), ``.npz`` or ``.safetensors`` (inputs, and labels where given), or ``package.module:factory``.
+    """Batches from ``.npy`` (inputs), ``.npz`` or ``.safetensors`` (inputs, and labels where given), or a factory
+    (``package.module:name``, ``file.py:name``).
 
     Floating-point arrays are cast to the dtype of the model's parameters.
     """
@@ -56,9 +78,7 @@ def batches_from(text: str, model: nn.Module, batch_size: int) -> Batches:
         if len(labels) != len(inputs):
             raise InvalidInput(f"data file {path}: {len(inputs)} inputs but {len(labels)} labels")
         return list(zip(torch.split(inputs, batch_size), torch.split(labels, batch_size), strict=True))
-    if ":" not in text:
-        raise InvalidInput(f"data {text!r}: give a .npy, .npz or .safetensors file, or package.module:factory")
-    made = _call(text, "data")
+    made = made_by(text, "data")
     return made  # type: ignore[no-any-return]  # checked where it is read (calibration.Calibration)
 
 
@@ -78,32 +98,3 @@ def _read_arrays(path: Path) -> tuple[Tensor, Tensor | None]:
         raise InvalidInput(f"data file {path}: it needs an array named {' or '.join(INPUT_NAMES[:3])}, found {', '.join(arrays) or 'none'}")
     label = next((key for key in LABEL_NAMES if key in arrays), None)
     return arrays[name], None if label is None else arrays[label].long()
-
-
-def _call(text: str, what: str) -> Any:
-    module_name, _, attribute = text.partition(":")
-    if not module_name or not attribute:
-        raise InvalidInput(f"{what} {text!r}: it must be written package.module:factory")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)  # a module beside the user, as with python -m
-    try:
-        value: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InvalidInput(f"{what} {text!r}: module {module_name!r} cannot be imported ({error})") from error
-    for part in attribute.split("."):
-        if not hasattr(value, part):
-            known = ", ".join(name for name in dir(value) if not name.startswith("_"))
-            raise InvalidInput(f"{what} {text!r}: {module_name} has no {attribute!r} (it has: {known[:200]})")
-        value = getattr(value, part)
-    if isinstance(value, nn.Module) or not callable(value):
-        return value
-    factory: Callable[[], Any] = value
-    try:
-        return factory()
-    except TypeError as error:
-        raise InvalidInput(f"{what} {text!r}: the factory must be callable without arguments ({error})") from error
-    except InvalidInput:
-        raise
-    except Exception as error:  # whatever a user's own code may raise
-        raise InvalidInput(f"{what} {text!r}: the factory failed with {type(error).__name__} ({error})") from error

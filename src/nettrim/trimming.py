@@ -17,10 +17,12 @@ from .deploy.channels import Flow
 from .deploy.compact import channel_flow, check, compact
 from .deploy.follow import LAYERS, arguments
 from .deploy.removal import library
+from .methods.settings import settings
 from .outputs import outputs_of
 from .progress import Advance, shown
 from .retraining import check_labelled, check_trainable, retrain
 from .status import InvalidInput
+from .wrappers import takes_models
 
 ZERO = 1e-9
 """A ReLU's output counts as zero up to this."""
@@ -29,7 +31,7 @@ Train = Callable[[nn.Module, int], object]
 Score = Callable[[nn.Module], float]
 
 
-@dataclass(frozen=True)
+@settings
 class NetworkTrimming:
     """The settings of :func:`trim`.
 
@@ -125,6 +127,7 @@ class Trimmed:
         return trimmed_text(self)
 
 
+@takes_models("model")
 def trim(
     model: nn.Module,
     validation: Iterable[Any],

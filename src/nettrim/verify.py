@@ -30,6 +30,7 @@ from .selection import select
 from .status import CertificateError, InvalidInput
 from .trained import differing, own_keys
 from .verification import Claim, Setup, certify
+from .wrappers import takes_models
 
 # what nothing here can tell, by the names of fields; see also _not_checked
 _NEVER_CHECKED = (
@@ -45,6 +46,7 @@ _NEVER_CHECKED = (
 )
 
 
+@takes_models("model")
 def verify(
     folder: str | Path,
     model: nn.Module,

@@ -2,29 +2,80 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import Annotated
+
 import typer
 
-from . import deployment, pruning, studies
-from .options import ManyValues
+from ..verification import versions
+from . import deployment, overview, pruning, studies
+from .options import Command, ManyValues
 from .output import told
 
 app = typer.Typer(
     name="nettrim",
     help="Prune trained networks layer by layer, with a guarantee. Exit codes: 0 done, 2 bad input, 3 guarantee not met.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("prune")(told(pruning.prune_command))
-app.command("verify")(told(pruning.verify_command))
-app.command("report")(told(pruning.report_command))
-app.command("distill")(told(pruning.distill_command))
-app.command("export")(told(deployment.export_command))
-app.command("bench", cls=deployment.ManySizes)(told(deployment.bench_command))
-app.command("bound")(told(studies.bound_command))
-app.command("demo")(told(studies.demo_command))
-app.command("compare", cls=ManyValues)(told(studies.compare_command))
-app.command("reproduce")(told(studies.reproduce_command))
+
+SHORT = """\
+nettrim prunes trained networks layer by layer, with a guarantee.
+
+  nettrim layers net.py:make
+      what would be pruned of the model that make() in net.py gives
+  nettrim prune net.py:make --weights net.pt --data data.npz \\
+      --sparsity 0.8 --output pruned
+      prune it, and save it with its report and certificate
+  nettrim verify pruned net.py:make --weights net.pt --data data.npz
+      recompute every number of that certificate
+
+All commands: nettrim --help. Of one: nettrim prune --help. To see it at
+work on real data: nettrim demo."""
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        found = versions()
+        typer.echo(f"nettrim {found['nettrim']}, torch {found['torch']}")
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions and end.")] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(SHORT)
+
+
+def _add(name: str, command: Callable[..., None], example: str, kind: type[Command] = Command) -> None:
+    lines = ["nettrim"]
+    for part in re.split(" (?=--)", example.removeprefix("nettrim ")):
+        if len(lines[-1]) + len(part) > 74:
+            lines[-1] += " \\"
+            lines.append(part)
+        else:
+            lines[-1] += f" {part}"
+    app.command(name, cls=kind, epilog="\n\n".join(["Example:", *lines]))(told(command))
+
+
+NET = "net.py:make --weights net.pt --data data.npz"
+
+_add("layers", overview.layers_command, "nettrim layers net.py:make")
+_add("prune", pruning.prune_command, f"nettrim prune {NET} --sparsity 0.8 --output out")
+_add("verify", pruning.verify_command, f"nettrim verify out {NET}")
+_add("report", pruning.report_command, "nettrim report out")
+_add("distill", pruning.distill_command, f"nettrim distill out {NET} --output tuned")
+_add("export", deployment.export_command, "nettrim export net.py:make --weights out --data data.npz --output net.onnx")
+_add("bench", deployment.bench_command, "nettrim bench net.py:make --weights out --data data.npz", deployment.ManySizes)
+_add("bound", studies.bound_command, f"nettrim bound {NET} --share 0.5")
+_add("demo", studies.demo_command, "nettrim demo")
+_add("compare", studies.compare_command, f"nettrim compare {NET} --output comparison", ManyValues)
+_add("reproduce", studies.reproduce_command, "nettrim reproduce mnist-fc --quick")
 
 
 def main() -> None:

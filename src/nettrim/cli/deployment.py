@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from torch import nn
 
 from .. import checkpoint
 from ..calibration import Calibration
@@ -17,7 +18,7 @@ from ..deploy.bench import SECONDS, SIZES, check_settings
 from ..deploy.export import check_target
 from ..render import bench_files, bench_table
 from ..sources import batches_from, model_from
-from .options import BatchSize, Data, Device, Json, ManyValues, Model
+from .options import BatchSize, Data, Device, Json, ManyValues, Model, Untrained, check_weights
 from .output import print_json
 
 
@@ -34,21 +35,27 @@ SavedWeights = Annotated[
 ]
 
 
+def saved_model(text: str, weights: Path | None, untrained: bool) -> nn.Module:
+    """The model that a command is given, with weights in any of the forms that ``nettrim.load`` reads."""
+    check_weights(text, weights, untrained)
+    network = model_from(text, None)
+    return network if weights is None else checkpoint.load(weights, network)
+
+
 def export_command(
     model: Model,
     data: Data,
     output: Annotated[Path, typer.Option(help="The file: .onnx, .pt2 or .c (a header goes beside it).")],
     format: Annotated[FormatName | None, typer.Option(help="Default: what the output ends in.")] = None,
     weights: SavedWeights = None,
+    untrained: Untrained = False,
     compacted: Annotated[bool, typer.Option("--compact", help="First remove dead neurons and channels; the function stays.")] = False,
     batch_size: BatchSize = 256,
     as_json: Json = False,
 ) -> None:
     """Write a model as ONNX, as a torch.export program or as C99, checked against the model on the first batch of the data."""
     chosen = check_target(output, None if format is None else format.value)
-    network = model_from(model, None)
-    if weights is not None:
-        network = checkpoint.load(weights, network)
+    network = saved_model(model, weights, untrained)
     example = next(iter(Calibration(batches_from(data, network, batch_size), "data")))
     small = compact(network, example) if compacted else None
     made = export(network if small is None else small.model, example, output, format=chosen, progress=not as_json)
@@ -80,6 +87,7 @@ def bench_command(
     model: Model,
     data: Data,
     weights: SavedWeights = None,
+    untrained: Untrained = False,
     reference: Annotated[
         Path | None, typer.Option(help="The trained network's weights, in the same forms; ratios then compare with it.")
     ] = None,
@@ -94,11 +102,8 @@ def bench_command(
 ) -> None:
     """Measure size and speed of a pruned model here: as it is, compacted and accelerated, beside the trained network."""
     sizes = check_settings(batch_sizes or SIZES, threads, seconds)
-    network, dense = model_from(model, None), None
-    if reference is not None:
-        dense = checkpoint.load(reference, model_from(model, None))
-    if weights is not None:
-        network = checkpoint.load(weights, network)
+    network = saved_model(model, weights, untrained)
+    dense = None if reference is None else checkpoint.load(reference, model_from(model, None))
     if output is not None:
         bench_files.check_folder(output, hashes(network))
     example = next(iter(Calibration(batches_from(data, network, max(sizes)), "data")))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from contextvars import ContextVar
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..methods.targets import PerLayer
+from ..sources import Source, carries_weights, source_from
 from ..status import InvalidInput
 
 
@@ -28,22 +31,41 @@ class DatasetName(StrEnum):
     fashion = "fashion-mnist"
 
 
-Model = Annotated[str, typer.Argument(help="The model, as package.module:factory or a .pt2 program of torch.export.")]
+GROUPS = {
+    "What you choose": (
+        *("output", "sparsity", "epsilon", "method", "methods", "pattern", "layers", "ignore", "allocation", "counted", "compressed"),
+        *("force", "format", "compacted", "loss", "steps", "share", "gap", "relative", "rule", "dataset", "quick", "html", "batch_sizes"),
+        *("weights_too", "measure", "resume"),
+    ),
+    "Data": ("data", "weights", "untrained", "heldout", "reference", "samples", "batch_size", "radius", "input_shape"),
+    "Options": ("help", "as_json", "version"),
+}
+"""The groups of options in help; all others are for experts."""
+
+Model = Annotated[str, typer.Argument(help="package.module:factory, file.py:factory, or a .pt2 program of torch.export.")]
 Folder = Annotated[Path, typer.Argument(help="What nettrim prune or result.save wrote.")]
 Weights = Annotated[Path | None, typer.Option(help="Trained weights: .safetensors, or a state dict saved by torch.save.")]
-Data = Annotated[str, typer.Option(help="Calibration data: .npy, .npz or .safetensors file, or package.module:factory giving batches.")]
-Heldout = Annotated[str | None, typer.Option(help="Held-out data for the statement about unseen inputs; same forms.")]
-SchemeOption = Annotated[Scheme, typer.Option(help="Whose inputs a layer sees: the pruned network's or the reference network's.")]
+Untrained = Annotated[
+    bool,
+    typer.Option(
+        "--untrained",
+        help="Instead of --weights: take the model as its factory makes it, with random weights or those it loads itself.",
+    ),
+]
+Data = Annotated[str, typer.Option(help="Calibration data: .npy, .npz, .safetensors, or a factory of batches.")]
+Heldout = Annotated[str | None, typer.Option(help="Other data, for what is said of unseen inputs.")]
+SchemeOption = Annotated[Scheme, typer.Option(help="Whose inputs a layer sees: the pruned or the reference network's.")]
 Layers = Annotated[list[str] | None, typer.Option(help="Only these layers: names or re:pattern (repeatable).")]
 Ignore = Annotated[list[str] | None, typer.Option(help="Not these layers: names or re:pattern (repeatable).")]
 ActivationOption = Annotated[
-    list[str] | None, typer.Option("--activation", help="LAYER=ACTIVATION where the graph does not show it (repeatable).")
+    list[str] | None,
+    typer.Option("--activation", help="LAYER=ACTIVATION where the graph does not show it (repeatable)."),
 ]
 ReadingOption = Annotated[
     list[str] | None,
     typer.Option(
         "--reading",
-        help="LAYER:PART=VALUE (repeatable): corrects the norm, branch, activation or pool read behind a layer; none takes it out.",
+        help="LAYER:PART=VALUE (repeatable): corrects norm, branch, activation or pool behind a layer; none takes it out.",
     ),
 ]
 MaxSamples = Annotated[int, typer.Option(help="Most rows kept for one layer.")]
@@ -52,7 +74,56 @@ Device = Annotated[str | None, typer.Option(help="Torch device; by default where
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else.")]
 
 
-class ManyValues(typer.core.TyperCommand):
+_written: ContextVar[tuple[str, ...]] = ContextVar("written", default=())
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose help shows its options in groups, and which keeps its arguments as they were written."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        panels = {name: panel for panel, names in GROUPS.items() for name in names}
+        self.params.sort(key=lambda option: [*GROUPS].index(panels[option.name]) if option.name in panels else len(GROUPS))
+        for option in self.params:
+            if isinstance(option, typer.core.TyperOption):
+                option.rich_help_panel = panels.get(option.name or "", "Expert")
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Keeps them for :func:`again`."""
+        _written.set((ctx.info_name, *args))
+        return super().parse_args(ctx, args)
+
+
+def again(*more: str) -> str:
+    """The command under way, with more arguments, as a line for a shell."""
+    return shlex.join(["nettrim", *_written.get(), *more])
+
+
+def check_weights(text: str, weights: Path | None, untrained: bool) -> None:
+    """Refuses a factory without ``--weights`` whose own weights ``--untrained`` does not ask for, and both; a program holds its own.
+
+    Raises:
+        InvalidInput: the message holds the command as it could be meant.
+    """
+    if carries_weights(text):
+        if untrained:
+            raise InvalidInput(f"model {text}: a .pt2 program holds its weights; leave out --untrained")
+    elif weights is None and not untrained:
+        raise InvalidInput(
+            f"model {text}: a factory makes a model, not its trained weights; add --weights FILE. If the factory loads them itself, or "
+            f"random weights are meant, say so:\n  {again('--untrained')}"
+        )
+    elif weights is not None and untrained:
+        raise InvalidInput(f"--weights {weights} and --untrained say two things of the weights; leave out one")
+
+
+def given_model(text: str, weights: Path | None, untrained: bool) -> Source:
+    """The model that a command is given, with its trained weights. Raises InvalidInput."""
+    check_weights(text, weights, untrained)
+    return source_from(text, weights)
+
+
+class ManyValues(Command):
     """Takes several values behind one ``--methods`` or ``--sparsity``: ``--sparsity 0.5 0.9`` is ``--sparsity 0.5 --sparsity 0.9``.
 
     The model, told by its colon or its .pt2, is never taken for a value.

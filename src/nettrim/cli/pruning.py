@@ -17,7 +17,7 @@ from ..pruning import MAX_SAMPLES, PruneResult, prune
 from ..recertify import recertify
 from ..render import bench_files, bench_table
 from ..render.distilled import distilled_words
-from ..sources import batches_from, model_from
+from ..sources import Source, batches_from
 from ..status import CertificateError, InvalidInput
 from ..verify import verify
 from .method import METHODS, method_from
@@ -36,8 +36,10 @@ from .options import (
     ReadingOption,
     Scheme,
     SchemeOption,
+    Untrained,
     Weights,
     by_layer,
+    given_model,
     readings,
     target,
 )
@@ -103,6 +105,7 @@ def prune_command(
     data: Data,
     output: OutputFolder,
     weights: Weights = None,
+    untrained: Untrained = False,
     heldout: Heldout = None,
     epsilon: Annotated[list[str] | None, typer.Option(help="Tolerance, relative: a number, or LAYER=NUMBER (repeatable).")] = None,
     sparsity: Annotated[list[str] | None, typer.Option(help="Fraction of zeros in [0, 1): a number, or LAYER=NUMBER (repeatable).")] = None,
@@ -159,7 +162,8 @@ def prune_command(
     chosen = method_from(method, options, seed)
     corrections, activations = readings(reading), by_layer("activation", activation)
     checkpoint.check_writable(output)
-    network = model_from(model, weights)
+    source = given_model(model, weights, untrained)
+    network = source.model
     result = prune(
         network,
         batches_from(data, network, batch_size),
@@ -179,10 +183,17 @@ def prune_command(
         device=device,
         progress=not as_json,
     )
+    result = with_notes(result, source)
     result.save(output, compressed=compressed)
-    names = [model, *(() if weights is None else ("--weights", str(weights))), "--data", data]
+    names = [model, *(["--untrained"] if untrained else []), *(() if weights is None else ("--weights", str(weights))), "--data", data]
     show(result.report, result.certificate, output, as_json, following=next_commands(output, names))
     exit_unless_met(result.certificate)
+
+
+def with_notes(result: PruneResult, source: Source) -> PruneResult:
+    """The result with what is to be said of where the model's weights came from."""
+    notes = tuple(note for note in source.notes if note not in result.report.notes)
+    return replace(result, report=replace(result.report, notes=(*result.report.notes, *notes)))
 
 
 def verify_command(
@@ -190,13 +201,15 @@ def verify_command(
     model: Model,
     data: Data,
     weights: Weights = None,
+    untrained: Untrained = False,
     heldout: Heldout = None,
     batch_size: BatchSize = 256,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Recompute a saved certificate from the files, the reference model and the data."""
-    network = model_from(model, weights)
+    source = given_model(model, weights, untrained)
+    network = source.model
     try:
         certificate = verify(
             folder,
@@ -256,6 +269,7 @@ def distill_command(
     data: Data,
     output: OutputFolder,
     weights: Weights = None,
+    untrained: Untrained = False,
     heldout: Heldout = None,
     loss: Annotated[LossName, typer.Option(help="Squared discrepancy of the outputs, or divergence of softened classes.")] = LossName.mse,
     temperature: Annotated[float, typer.Option(help="Divides the logits of kl.")] = 8.0,
@@ -273,7 +287,8 @@ def distill_command(
 ) -> None:
     """Fine-tune a pruned model towards the trained one without labels, zeros kept, and certify it anew."""
     checkpoint.check_writable(output)
-    network = model_from(model, weights)
+    source = given_model(model, weights, untrained)
+    network = source.model
     batches = batches_from(data, network, batch_size)
     unseen = None if heldout is None else batches_from(heldout, network, batch_size)
     pruned = checkpoint.load(folder, copy.deepcopy(network))
@@ -297,6 +312,7 @@ def distill_command(
         progress=not as_json,
     )
     result = recertify(saved, made.model, network, batches, heldout=unseen, device=device, progress=not as_json)
+    result = with_notes(result, source)
     result = replace(result, report=replace(result.report, notes=(*result.report.notes, distilled_words(made))))
     result.save(output, compressed=compressed)
     if as_json:

@@ -18,7 +18,7 @@ from ..progress import shown
 from ..pruning import MAX_SAMPLES
 from ..render import bench_files, bench_table
 from ..render.bounds import bound_table
-from ..sources import batches_from, model_from
+from ..sources import batches_from
 from ..status import InvalidInput
 from .options import (
     ActivationOption,
@@ -34,8 +34,10 @@ from .options import (
     ReadingOption,
     Scheme,
     SchemeOption,
+    Untrained,
     Weights,
     by_layer,
+    given_model,
     readings,
     target,
 )
@@ -65,6 +67,7 @@ def bound_command(
     delta: Annotated[float, typer.Option(help="Probability with which the bound may fail.")] = 0.05,
     rule: Annotated[RuleName, typer.Option(help="Which weights are removed; magnitude assumes random signs.")] = RuleName.random,
     weights: Weights = None,
+    untrained: Untrained = False,
     layers: Layers = None,
     ignore: Ignore = None,
     batch_size: BatchSize = 256,
@@ -73,7 +76,7 @@ def bound_command(
 ) -> None:
     """How far removing a share of the weights can move the output, before anything is pruned."""
     asked = ask(
-        model_from(model, weights),
+        given_model(model, weights, untrained).model,
         data,
         radius=radius,
         input_shape=input_shape,
@@ -146,6 +149,7 @@ def compare_command(
     data: Data,
     output: Annotated[Path, typer.Option(help="Folder for results, table and picture; an interrupted comparison there is continued.")],
     weights: Weights = None,
+    untrained: Untrained = False,
     heldout: Annotated[
         str | None, typer.Option(help="Data to measure on, with labels for accuracy; by default the calibration data.")
     ] = None,
@@ -172,7 +176,7 @@ def compare_command(
 
     corrections, activations = readings(reading), by_layer("activation", activation)
     folder = checkpoint.check_writable(output)
-    network = model_from(model, weights)
+    network = given_model(model, weights, untrained).model
     batches = batches_from(data, network, batch_size)
     comparison = compare(
         network,

@@ -15,6 +15,7 @@ from ..capture import Replica, device_of, random_state_kept, replicate
 from ..outputs import largest_difference
 from ..progress import Advance, shown, within
 from ..status import InvalidInput, NetTrimError
+from ..wrappers import takes_models
 from . import semi_structured, sparse_candidates
 from .compact import allowed_difference, check, outputs
 from .sparse_module import SparseModule
@@ -71,6 +72,7 @@ class Accelerated:
         return accelerated_text(self)
 
 
+@takes_models("model")
 def accelerate(
     model: nn.Module, example: Any, *, device: torch.device | str | None = None, budget: float = 0.3, progress: bool | Advance = True
 ) -> Accelerated:

@@ -20,6 +20,7 @@ from ..checkpoint import save_weights
 from ..outputs import Outputs, largest_difference, other_form
 from ..progress import Advance, shown, within
 from ..status import InvalidInput, NetTrimError
+from ..wrappers import takes_models
 from .accelerate import accelerate
 from .bench_result import ACCELERATED, COMPACTED, DENSE, PRUNED, Bench, Form, Timing
 from .compact import check, compact, outputs
@@ -48,6 +49,7 @@ class _Work:
     notes: dict[str, None] = field(default_factory=dict)
 
 
+@takes_models("model", "reference")
 def bench(
     model: nn.Module,
     example: Any,

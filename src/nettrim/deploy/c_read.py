@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ..calibration import keywords_of
 from ..capture import Replica
 from ..graph import read
 from ..nodes import activation_of, has_statistics, hooked, label, norm_scale, passes, reads_shape
@@ -52,14 +53,13 @@ def plan_of(twin: Replica, inputs: Any) -> Plan:
     batch = _input_of(inputs)
     if type(twin.model) in _LAYERS:  # torch.fx shows a layer only as part of something
         twin = Replica(nn.Sequential(twin.model), twin.device, twin.dtype)
-    given = list(inputs) if isinstance(inputs, Mapping) else None
     shown = resized(inputs, SAMPLES)
     wanted = ran(twin, shown)
 
     def agrees(module: nn.Module) -> bool:
         return largest_difference(wanted, ran(Replica(module, twin.device, twin.dtype), shown)) <= allowed(twin.model, 1e-5)
 
-    graph = read(twin.model, (), given=given, agrees=agrees)
+    graph = read(twin.model, (), given=keywords_of(inputs), agrees=agrees)
     if graph.traced is None:
         raise InvalidInput(
             f"export: {graph.notice.removesuffix(': matched linearly')}; C needs a model that torch.fx can trace: "

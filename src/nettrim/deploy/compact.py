@@ -9,17 +9,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..calibration import check_batch, inputs_of
+from ..calibration import check_batch, inputs_of, keywords_of
 from ..capture import Replica, device_of, random_state_kept, replicate
+from ..diagnosis import cannot_run, first_line
 from ..graph import read
 from ..layers import without_values
 from ..outputs import Outputs, largest_difference, outputs_of
 from ..status import InvalidInput, NetTrimError
+from ..wrappers import takes_models
 from . import constants
 from .channels import Flow
 from .constants import Layer, Norm
 from .follow import follow
-from .removal import Dependencies, first_line, library
+from .removal import Dependencies, library
 from .staying import Step, staying
 
 EXACT = 1e-5
@@ -68,6 +70,7 @@ class Compacted:
         return compacted_text(self)
 
 
+@takes_models("model")
 def compact(model: nn.Module, example: Any, *, device: torch.device | str | None = None) -> Compacted:
     """A copy of ``model`` without its dead neurons and channels; in eval mode it computes the same, to 1e-5 of the largest output.
 
@@ -128,20 +131,19 @@ def outputs(twin: Replica, example: Any, what: str) -> Outputs:
     except InvalidInput:
         raise
     except Exception as error:  # a user's forward may raise anything
-        raise InvalidInput(f"{what}: the model cannot run on the example: {first_line(error)}") from error
+        raise InvalidInput(f"{what}: the model cannot run on the example: {cannot_run(twin.model, twin.run, example, error)}") from error
     return outputs_of(found)
 
 
 def channel_flow(twin: Replica, example: Any, what: str) -> Flow:
     """Where the channels go. Raises InvalidInput where the model's graph cannot be traced."""
     inputs = inputs_of(example)
-    given = list(inputs) if isinstance(inputs, Mapping) else None
 
     def agrees(module: nn.Module) -> bool:
         traced = Replica(module, twin.device, twin.dtype)
         return largest_difference(outputs(twin, example, what), outputs(traced, example, what)) <= allowed_difference(twin.model)
 
-    graph = read(twin.model, (), given=given, agrees=agrees)
+    graph = read(twin.model, (), given=keywords_of(example), agrees=agrees)
     if graph.traced is None:
         raise InvalidInput(
             f"{what}: {graph.notice.removesuffix(': matched linearly')}; channels can be removed only where torch.fx shows who reads them: "

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..progress import Advance, shown
 from ..status import InvalidInput
+from ..wrappers import takes_models
 from .export_c import check_name, export_c
 from .export_common import check_output
 from .export_onnx import export_onnx
@@ -20,6 +21,7 @@ FORMATS: dict[str, Callable[[object, Any, str | Path], Exported]] = {"onnx": exp
 """Formats by name, which is also the ending of their files."""
 
 
+@takes_models("model")
 def export(model: nn.Module, example: Any, path: str | Path, *, format: str | None = None, progress: bool | Advance = True) -> Exported:
     """Writes the model, in eval mode, to a file that other programs run, and checks that file before it is put in its place.
 

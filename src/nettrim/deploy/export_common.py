@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..calibration import inputs_of
 from ..capture import Replica, replicate
 from ..checkpoint import check_writable
+from ..diagnosis import cannot_run
 from ..outputs import Outputs, outputs_of
 from ..status import InvalidInput, NetTrimError
 from .compact import check, outputs
@@ -51,8 +52,8 @@ def ran(twin: Replica, inputs: Any) -> Outputs:
     try:
         found = twin.run(copied(inputs))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InvalidInput(f"export: the model cannot run on a batch of {count(inputs)}: {first}") from error
+        reason = cannot_run(twin.model, twin.run, inputs, error)
+        raise InvalidInput(f"export: the model cannot run on a batch of {count(inputs)}: {reason}") from error
     return outputs_of(found)
 
 

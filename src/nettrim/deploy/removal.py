@@ -14,14 +14,10 @@ import torch
 from torch import nn
 
 from ..calibration import forward
+from ..diagnosis import first_line
 from ..outputs import outputs_of
 from ..solvers.reference import MissingExtra
 from .channels import End, Flow
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or ["no reason given"])[0]
 
 
 def library() -> ModuleType:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..calibration import inputs_of
+from ..calibration import inputs_of, keywords_of
 from ..capture import Replica
 from ..graph import read
 from ..nodes import hooked
@@ -74,8 +74,7 @@ def search(
         _one_by_one(twin, example, budget, native, found)
         return found
     inputs = inputs_of(example)
-    given = list(inputs) if isinstance(inputs, Mapping) else None
-    graph = read(twin.model, (), given=given, agrees=agrees)
+    graph = read(twin.model, (), given=keywords_of(example), agrees=agrees)
     if graph.traced is None or twin.model in layers_of(twin.model).values():
         if graph.traced is None:
             found.notes.append(f"{graph.notice.removesuffix(': matched linearly')}: layers are accelerated one at a time")

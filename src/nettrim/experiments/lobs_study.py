@@ -45,16 +45,12 @@ Scheme = Literal["cascade", "parallel"]
 
 @dataclass(frozen=True)
 class Way:
-    """How a network is pruned: ``make`` gives the method for the sparsities by layer. ``rounds`` above 1: alternating with retraining."""
+    """How a network is pruned: ``make`` gives the method for ``sparsity``, by layer. ``rounds`` above 1: alternating with retraining."""
 
     label: str
-    make: Callable[[dict[str, float]], Method]
+    make: Callable[..., Method]
     scheme: Scheme = "parallel"
     rounds: int = 1
-
-
-def _net_trim(share: dict[str, float]) -> NetTrim:
-    return NetTrim(sparsity=share)
 
 
 SHARED = (
@@ -63,7 +59,7 @@ SHARED = (
     Way("its weights, refitted", partial(LOBS, form="refitted", keep_bias=True)),
     Way("greedy, with biases", partial(LOBS, form="greedy")),
     Way("greedy (OBS)", OBS),
-    Way("Net-Trim", _net_trim, "cascade"),
+    Way("Net-Trim", NetTrim, "cascade"),
     Way("magnitude", Magnitude),
 )
 """At the main ratio."""
@@ -73,7 +69,7 @@ BASELINES = (Way("random", Random), Way("magnitude", Magnitude))
 ITERATIVE = (
     Way("L-OBS, iterative", partial(LOBS, iterative=True), rounds=ROUNDS),
     Way("greedy, iterative", partial(LOBS, iterative=True, form="greedy"), rounds=ROUNDS),
-    Way("Net-Trim", _net_trim, "cascade"),
+    Way("Net-Trim", NetTrim, "cascade"),
 )
 """At the small ratios."""
 
@@ -209,7 +205,7 @@ def measure(name: str, model: nn.Sequential, target: float, way: Way, images: Da
     """Prunes, retrains and measures one network."""
     calibration = calibration_images(images, samples)
     sparsity = lobs_networks.sparsities(model, SHARES[name, target])
-    method = way.make(sparsity)
+    method = way.make(sparsity=sparsity)
     settings: dict[str, Any] = {"scheme": way.scheme, "max_samples": max(samples, MAX_ROWS), "seed": seed, "progress": False}
     settings["layers"] = list(sparsity)
     per_round = iterations // way.rounds

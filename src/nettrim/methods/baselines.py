@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,9 +10,10 @@ from torch import Tensor
 from ..program import LayerProgram
 from ..solution import Solution, Watch
 from .linear import OneShot, check_whole, live_inputs, masked, own_weights
+from .settings import settings
 
 
-@dataclass(frozen=True)
+@settings
 class Magnitude(OneShot):
     """Keeps the weights of largest magnitude in each layer, unchanged; bias unchanged.
 
@@ -31,7 +31,7 @@ class Magnitude(OneShot):
         return masked(program, self.chosen.mask(own, self.kept(program, target)))
 
 
-@dataclass(frozen=True)
+@settings
 class Random(OneShot):
     """Keeps weights drawn uniformly without replacement in each layer, unchanged; bias unchanged.
 
@@ -59,7 +59,7 @@ class Random(OneShot):
         return masked(program, mask.to(own.device))
 
 
-@dataclass(frozen=True)
+@settings
 class Wanda(OneShot):
     """Keeps, for each output, the weights of largest ``|W_ij| * ||X_i||_2``, unchanged; bias unchanged (Sun, Liu, Bair, Kolter, ICLR 2024,
     arXiv 2306.11695).

@@ -8,7 +8,7 @@ the published methods see the layer's own weights.
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, fields
 from typing import ClassVar
 
 import torch
@@ -18,12 +18,13 @@ from ..patterns import Pattern, parse
 from ..program import LayerProgram
 from ..solution import Solution, Watch
 from ..status import InvalidInput, Status
+from .settings import settings
 from .targets import PerLayer, check_target, target_for, weights_kept
 
 DEAD = 1e-10  # inputs of norm below this share of the largest are rounding (the rows of compressed programs carry some)
 
 
-@dataclass(frozen=True)
+@settings
 class OneShot:
     """A method whose target is ``sparsity``: the fraction of zeros, in [0, 1), as a number or a mapping from layer name.
 
@@ -32,7 +33,7 @@ class OneShot:
     """
 
     sparsity: PerLayer | None = None
-    pattern: str | None = field(default=None, kw_only=True)
+    pattern: str | None = None
 
     takes: ClassVar[tuple[str, ...]] = ("N:M", "rows", "columns", "RxC")  # kinds of patterns
     correction = 1.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from ..program import LayerProgram
 from ..solution import Solution, Watch
 from ..status import InvalidInput, Status
 from .linear import OneShot, check_whole, finished, gram, live_inputs, own_weights, response_change
+from .settings import settings
 
 START = 0.1  # the first penalty, with inputs of unit norm
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # share of the support that changed since the last check, factor on the penalty
@@ -24,7 +24,7 @@ SETTLED_FROM, SETTLED = 30, 0.0003  # from this step on, a change of the support
 CONJUGATE_STEPS = 10
 
 
-@dataclass(frozen=True)
+@settings
 class LinearADMM(OneShot):
     """``min ||A W - A W0||_F^2 + ridge ||W - W0||_F^2`` within a budget, by ADMM and then conjugate gradients on the support that it found
     (ALPS: Meng, Behdin, Wang, Mazumder, NeurIPS 2024, arXiv 2406.07831). Bias unchanged.

@@ -20,6 +20,7 @@ from ..solution import Solution, Watch
 from ..status import InvalidInput, Status
 from .linear import check_positive, live_inputs, own_weights, response_change
 from .obs import least_squares, mask_by_cost, removal_order
+from .settings import settings
 from .targets import PerLayer, check_target, target_for, weights_kept
 
 FORMS = ("published", "refitted", "greedy")
@@ -32,7 +33,7 @@ Build = Callable[[int], Tensor]
 """From a number of removed weights to the layer's weights and biases (N + 1, M)."""
 
 
-@dataclass(frozen=True)
+@settings
 class LOBS:
     """L-OBS on each layer by itself: sensitivities sorted once, over the whole layer; the cheapest weights go, and each time the others of
     that output move. Give exactly one of ``sparsity`` and ``error``, a number or a mapping by layer (or ``re:pattern``).

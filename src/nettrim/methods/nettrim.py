@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -16,12 +16,13 @@ from ..solvers import l0, l1
 from ..solvers.polish import polish as polish_support
 from ..status import InvalidInput, Status
 from . import published
+from .settings import settings
 from .targets import PerLayer, check_target, numbers, target_for, weights_kept
 
 ABOVE_BEST = 1.01  # an unreachable tolerance is replaced by the best reachable distance times this
 
 
-@dataclass(frozen=True)
+@settings
 class NetTrim:
     """The sparsest weights whose response stays near the reference network's (Aghasi et al. 2017, 2020;
     preimage program: design section 2).
@@ -77,8 +78,8 @@ class NetTrim:
     importance: Literal["output", "uniform"] = "output"
     gap: float = 0.01
     max_iterations: int | None = None
-    pattern: str | None = field(default=None, kw_only=True)
-    effort: Literal["full", "quick"] = field(default="full", kw_only=True)
+    pattern: str | None = None
+    effort: Literal["full", "quick"] = "full"
 
     def __post_init__(self) -> None:
         given = [name for name in ("epsilon", "sparsity", "penalty") if getattr(self, name) is not None]

@@ -17,12 +17,13 @@ from ..patterns import UNSTRUCTURED, NofM, Pattern
 from ..program import LayerProgram
 from ..solution import Solution, Watch
 from .linear import OneShot, check_positive, check_whole, finished, gram, live_inputs, own_weights
+from .settings import settings
 
 MEMORY = 128 * 2**20  # bytes for the inverses of the outputs that are worked on together
 DEFERRED = 96  # removals that are gathered before they are taken out of the inverses
 
 
-@dataclass(frozen=True)
+@settings
 class OBS(OneShot):
     """Exact greedy OBS for each output, and the layer's budget shared by the costs (Optimal Brain Compression: Frantar, Singh, Alistarh,
     NeurIPS 2022, arXiv 2208.11580). Bias unchanged.
@@ -65,7 +66,7 @@ class OBS(OneShot):
         return finished(program, W, own.numel() - kept)
 
 
-@dataclass(frozen=True)
+@settings
 class SparseGPT(OneShot):
     """One sweep over the inputs with one inverse for all outputs (Frantar, Alistarh, ICML 2023, arXiv 2301.00774). Bias unchanged.
 
