@@ -35,17 +35,21 @@ def text():
 def batches():
     return list(torch.rand(64, 20, generator=torch.Generator().manual_seed(5)).split(16))
 
-def slow():
-    class Slow(torch.nn.Module):
+def waiting():  # a model that says so when it is in its sixth pass, and stays there
+    import time
+    from pathlib import Path
+    class Waiting(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.fc = torch.nn.Linear(20, 4)
+            self.fc, self.passes = torch.nn.Linear(20, 4), []
         def forward(self, x):
-            import time
-            time.sleep(0.2)
+            self.passes.append(len(x))
+            if len(self.passes) == 6:
+                Path("waiting").touch()
+                time.sleep(3600)
             return self.fc(x)
     torch.manual_seed(0)
-    return Slow()
+    return Waiting()
 """
 
 
@@ -70,7 +74,6 @@ def nettrim(workplace: Path, *arguments: str, expect: int = 0) -> subprocess.Com
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
     assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -179,14 +182,15 @@ def test_bad_input_ends_with_2_and_names_the_thing(workplace: Path, arguments: t
 
 def test_interruption_leaves_earlier_output(workplace: Path, pruned: Path) -> None:
     before = {path.name: path.read_bytes() for path in pruned.iterdir()}
-    command = [sys.executable, "-m", "nettrim", "prune", "mine:slow", "--data", "mine:batches", "--epsilon", "0.1", "--output", "out"]
+    command = [sys.executable, "-m", "nettrim", "prune", "mine:waiting", "--data", "mine:batches", "--epsilon", "0.1", "--output", "out"]
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored by what runs in the background
     running = subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=heard)
     assert running.stderr is not None
     assert "reading the calibration data" in running.stderr.readline()
-    time.sleep(0.3)
+    while not (workplace / "waiting").exists() and running.poll() is None:
+        time.sleep(0.02)
     running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
+    _, errors = running.communicate()
     assert running.returncode == 130
     assert "interrupted" in errors
     assert {path.name: path.read_bytes() for path in pruned.iterdir()} == before
