@@ -44,9 +44,7 @@ def test_other_tables_of_numbers_name_their_command(tables: ModuleType) -> None:
         for section in re.split(r"^#+ ", rest, flags=re.MULTILINE):
             cells = [cell.strip() for line in section.splitlines() if line.startswith("|") for cell in line.strip("|").split("|")[1:]]
             if any(NUMBER.fullmatch(cell) for cell in cells):
-                assert COMMAND.search(section), (
-                    f"{page.name}: {section.splitlines()[0]}: a table of numbers without the command that gives them"
-                )
+                assert COMMAND.search(section), f"{page.name}: {section.splitlines()[0]}: numbers without their command"
 
 
 def test_a_changed_number_is_seen_and_written_back(tables: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
