@@ -4,7 +4,8 @@
 
 A fully connected network on scikit-learn's digits and on MNIST, and a convolutional one (LeNet-5, whose layers see one row for each
 position of each image) on MNIST, each at 90 % zeros in every layer but the last (80 %), with growing calibration sets. Rows are counted
-for the layer that has fewest of them for each of its inputs. Results go to benchmarks/results/calibration_samples.json.
+for the layer that has fewest of them for each of its inputs. Results go to benchmarks/results/calibration_samples.json after every row;
+rows that are there are not measured again.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ from nettrim.experiments.datasets import Dataset
 RESULTS = Path(__file__).parent / "results"
 SPARSITY, LAST = 0.9, 0.8
 SAMPLES = (1, 10, 30, 100, 300, 1_000, 3_000, 10_000)
+MOST_IMAGES = 1_000  # of the convolutional network, whose layers see many rows of each
 METHODS = {"Net-Trim": nettrim.NetTrim, "magnitude": nettrim.Magnitude}
 
 
-def networks(data: Path | None, quick: bool) -> Iterator[tuple[str, nn.Module, Dataset]]:
-    """Label, trained network, data."""
+def networks(data: Path | None, quick: bool) -> Iterator[tuple[str, nn.Module, Dataset, int]]:
+    """Label, trained network, data, and how many samples at most."""
     digits = datasets.load("digits")
-    yield "64-300-100-10, digits", training.trained_network(digits), digits
+    yield "64-300-100-10, digits", training.trained_network(digits), digits, len(digits.train_images)
     if not quick:
         mnist = datasets.load("mnist", data)
-        yield "784-300-100-10, MNIST", training.trained_network(mnist, cache=RESULTS / "cache"), mnist
-        yield "LeNet-5, MNIST", zoo_training.trained("lenet5", mnist, seed=0, cache=RESULTS / "cache"), mnist
+        yield "784-300-100-10, MNIST", training.trained_network(mnist, cache=RESULTS / "cache"), mnist, max(SAMPLES)
+        yield "LeNet-5, MNIST", zoo_training.trained("lenet5", mnist, seed=0, cache=RESULTS / "cache"), mnist, MOST_IMAGES
 
 
 def rows_for_each_input(model: nn.Module, images: Tensor) -> tuple[float, str]:
@@ -89,15 +91,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=None, help="folder with the MNIST files")
     parser.add_argument("--quick", action="store_true", help="the digits with three sizes; nothing is written")
     options = parser.parse_args()
-    rows = []
-    for label, model, dataset in networks(options.data, options.quick):
-        available = len(dataset.train_images)
-        counts = (1, 100, available) if options.quick else sorted({min(count, available) for count in SAMPLES})
-        for count in counts:
-            rows.append(measured(label, model, dataset, count))
-            Console(stderr=True, width=170).print(rows[-1])
-    if not options.quick:
-        (RESULTS / "calibration_samples.json").write_text(json.dumps({"sparsity": [SPARSITY, LAST], "rows": rows}, indent=1) + "\n")
+    path = RESULTS / "calibration_samples.json"
+    known = json.loads(path.read_text())["rows"] if path.exists() and not options.quick else []
+    rows = {(row["network"], row["samples"]): row for row in known}
+    for label, model, dataset, most in networks(options.data, options.quick):
+        for count in (1, 100, most) if options.quick else sorted({min(count, most) for count in SAMPLES}):
+            if (label, count) not in rows:
+                rows[label, count] = measured(label, model, dataset, count)
+                Console(stderr=True, width=170).print(rows[label, count])
+            if not options.quick:
+                path.write_text(json.dumps({"sparsity": [SPARSITY, LAST], "rows": list(rows.values())}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
@@ -30,7 +31,8 @@ def main() -> None:
     if found is None:
         raise SystemExit(f"{README} shows no Python file")
     said = printed(found[1])
-    README.write_text(PRINTED.sub(lambda _: said, text), encoding="utf-8")
+    lines = [textwrap.fill(line, 120, subsequent_indent=10 * " ", break_on_hyphens=False) for line in said.splitlines()]
+    README.write_text(PRINTED.sub(lambda _: "\n".join(lines) + "\n", text), encoding="utf-8")
     print(said, end="")
 
 
