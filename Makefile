@@ -1,7 +1,7 @@
 # make demo        prune a small network and write the results to out/demo
 # make test        style, types and the fast tests
 # make slow        the slow tests
-# make benchmarks  the benchmarks, which print their tables and then those of the README (an hour or two)
+# make benchmarks  the benchmarks, which print their tables, and then those of README.md and docs/ written anew (an hour or two)
 # make reproduce   the published experiments in full (long; an interrupted run continues)
 # make clean       remove what the tools left behind (the virtual environment stays)
 
@@ -30,7 +30,7 @@ slow: $(DEV_STAMP)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m slow
 
 benchmarks: $(DEV_STAMP)
-	for name in first_layer whole_network residual_network patches patterns_zoo single_layers solver_study solver_curvature compaction file_sizes c_export acceleration deployment tables; do \
+	for name in first_layer whole_network residual_network patches calibration_samples patterns_zoo single_layers solver_study solver_curvature compaction file_sizes c_export acceleration deployment first_file tables; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 
 reproduce: $(DEV_STAMP)

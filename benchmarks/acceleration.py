@@ -190,19 +190,6 @@ def table(rows: list[dict[str, Any]], threads: int) -> Table:
     return out
 
 
-def markdown(rows: list[dict[str, Any]], threads: int) -> str:
-    """The table of docs/acceleration.md."""
-    found = {(row["name"], row["batch"], row["sparsity"]): times(row) for row in rows if row["threads"] == threads}
-    lines = [
-        "| layer or network | batch | " + " | ".join(f"{100 * s:.0f} %" for s in SPARSITIES) + " |",
-        "|---|---:|" + "---:|" * len(SPARSITIES),
-    ]
-    for name, batch in dict.fromkeys((row["name"], row["batch"]) for row in rows if row["threads"] == threads):
-        cells = [found.get((name, batch, sparsity)) for sparsity in SPARSITIES]
-        lines.append(f"| {name} | {batch} | " + " | ".join("" if cell is None else f"{cell:.1f}" for cell in cells) + " |")
-    return "\n".join(lines)
-
-
 def picture(rows: list[dict[str, Any]], threads: int, path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.5), sharey=True)
     for axis, kind in zip(axes, ("network", "convolution", "linear"), strict=True):
@@ -230,7 +217,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--budget", type=float, default=0.3, help="seconds for each candidate")
     parser.add_argument("--kinds", nargs="+", default=["network", "linear", "convolution"])
-    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown too")
     parser.add_argument("--again", action="store_true", help="measure rows that are there already")
     options = parser.parse_args()
     console, path = Console(stderr=True), RESULTS / "acceleration.json"
@@ -248,8 +234,6 @@ def main() -> None:
     measured = list(rows.values())
     for threads in sorted({row["threads"] for row in measured}):
         Console(width=140).print(table(measured, threads))
-        if options.markdown:
-            print(markdown(measured, threads))
     picture(measured, max(row["threads"] for row in measured), RESULTS / "acceleration.png")
 
 

@@ -303,12 +303,11 @@ def measured(layer: Layer, sparsities: Sequence[float], chosen: Sequence[Variant
             }
 
 
-def summary(rows: Sequence[dict[str, Any]], sparsity: float | None = None) -> list[dict[str, Any]]:
-    """For each variant, over all programs (and sparsities): geometric means against the best, worst case, iterations, CPU seconds.
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each variant, over all programs: geometric means against the best (of all, and by sparsity), worst case, iterations, CPU seconds.
 
     ``time`` and ``unseen`` are shares of the base's: sums for the first, the geometric mean for the second.
     """
-    rows = [row for row in rows if sparsity is None or row["sparsity"] == sparsity]
     best: dict[tuple[str, float], float] = {}
     default: dict[tuple[str, float], dict[str, Any]] = {}
     for row in rows:
@@ -321,6 +320,9 @@ def summary(rows: Sequence[dict[str, Any]], sparsity: float | None = None) -> li
     for group, label in dict.fromkeys((row["group"], row["variant"]) for row in rows):
         own = [row for row in rows if (row["group"], row["variant"]) == (group, label)]
         above = [row["distance"] / best[row["layer"], row["sparsity"]] for row in own]
+        at: dict[str, list[float]] = {}
+        for row, factor in zip(own, above, strict=True):
+            at.setdefault(f"{row['sparsity']:g}", []).append(factor)
         unseen = [row["unseen"] / default[row["layer"], row["sparsity"]]["unseen"] for row in own]
         seconds = sum(row["loop_seconds"] + row["polish_seconds"] for row in own)
         base = sum(row["loop_seconds"] + row["polish_seconds"] for row in default.values())
@@ -329,6 +331,7 @@ def summary(rows: Sequence[dict[str, Any]], sparsity: float | None = None) -> li
                 "group": group,
                 "variant": label,
                 "above_best": mean(above) - 1,
+                "above_best_at": {sparsity: mean(factors) - 1 for sparsity, factors in at.items()},
                 "worst": max(above) - 1,
                 "unseen": mean(unseen),
                 "iterations": sum(row["iterations"] for row in own) / len(own),
@@ -351,19 +354,27 @@ def above(share: float) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    sparsities = list(dict.fromkeys(row["sparsity"] for row in rows))
+    found = summary(rows)
     out = Table(title="the budget solver's choices, one at a time; time and unseen in the base's")
     out.add_column("choice", no_wrap=True)
     out.add_column("value", no_wrap=True)
-    for name in ("above best", *(f"at {sparsity:.0%}" for sparsity in sparsities), "worst", "unseen", "steps", "CPU s", "time", "polish"):
+    for name in (
+        "above best",
+        *(f"at {float(sparsity):.0%}" for sparsity in found[0]["above_best_at"]),
+        "worst",
+        "unseen",
+        "steps",
+        "CPU s",
+        "time",
+        "polish",
+    ):
         out.add_column(name, justify="right")
-    each = [{(one["group"], one["variant"]): one for one in summary(rows, sparsity)} for sparsity in sparsities]
     group = ""
-    for one in summary(rows):
+    for one in found:
         if one["group"] != group and group:
             out.add_section()
         cells = [one["group"] if one["group"] != group else "", one["variant"], above(one["above_best"])]
-        cells += [above(some[one["group"], one["variant"]]["above_best"]) for some in each]
+        cells += [above(factor) for factor in one["above_best_at"].values()]
         cells += [above(one["worst"]), f"{one['unseen']:.4f}", f"{one['iterations']:.0f}", f"{one['cpu_seconds']:.1f}"]
         out.add_row(*cells, f"{one['time']:.2f}", f"{one['polish_share']:.0%}")
         group = one["group"]

@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -426,31 +427,43 @@ def test_a_forked_process_does_not_wait_for_threads_that_it_has_not(monkeypatch:
     assert ran == [-1, 7]
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer that interrupts")
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs signals to threads")
 def test_an_interrupt_waits_for_the_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[int] = []
+    waited_for, interrupted, first = threading.Event(), threading.Event(), threading.Lock()
+    real = Future.exception
+
+    def exception(self: Future[Any], timeout: float | None = None) -> BaseException | None:
+        waited_for.set()
+        return real(self, timeout)
 
     def work(number: int) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            time.sleep(0.3)
-            done.append(number)
+        if threading.current_thread() is threading.main_thread():
+            return
+        waited_for.wait()
+        if first.acquire(blocking=False):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+        interrupted.wait()
+        time.sleep(0.05)  # to be caught if nobody waits
+        done.append(number)
 
     def interrupt(*_: Any) -> None:
+        interrupted.set()
         raise KeyboardInterrupt
 
     function = ctypes.CFUNCTYPE(None, ctypes.c_int64)(work)
+    monkeypatch.setattr(Future, "exception", exception)
     monkeypatch.setattr(kernels_team, "_openmp", lambda: None)
     monkeypatch.setattr(kernels_team, "_callable", lambda address: function)
+    monkeypatch.setattr(kernels_team, "_pools", {})
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        kernels_team._pool(2).submit(time.sleep, 0).result()  # has its thread
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
         with pytest.raises(KeyboardInterrupt):
             kernels_team.run(0, 1, 3)
     finally:
         signal.signal(signal.SIGALRM, before)
     helped = len(done)
-    time.sleep(0.5)
+    kernels_team._pool(2).shutdown()
     assert len(done) == helped >= 1  # none went on behind the interrupt
 
 

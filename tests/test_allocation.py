@@ -26,7 +26,7 @@ def curve(name: str, weights: int, scale: float, power: float, cost: float = 1.0
     return Curve(name, weights, cost, tuple(kept), tuple(scale * (weights / k) ** power for k in kept))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.tuples(st.floats(0.01, 100), st.floats(0.3, 3), st.sampled_from([1.0, 2.0, 5.0])), min_size=2, max_size=3),
     st.floats(0.1, 0.95),

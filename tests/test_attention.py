@@ -86,7 +86,7 @@ def test_opened_and_closed_again_nothing_has_changed() -> None:
     model.own.in_proj_weight.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
     twin = opened(model)
-    torch.testing.assert_close(twin(x), model(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(twin(x), model(x), rtol=1e-4, atol=1e-5)
     assert not any(isinstance(module, nn.MultiheadAttention) for module in twin.modules())
     again = closed(twin, model)
     assert list(again.state_dict()) == list(before)

@@ -153,8 +153,10 @@ def test_interrupted_passes_are_set_aside(monkeypatch: pytest.MonkeyPatch) -> No
     def often() -> None:
         switches["often"] += next(count) % 3 == 0
 
+    clock = iter(range(10**6))  # a pass takes one second
+    monkeypatch.setattr(clock_of, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     monkeypatch.setattr(clock_of, "_interruptions", lambda: switches["often"])
-    taken = side_by_side({"often": often, "never": lambda: None}, 1e-4)
+    taken = side_by_side({"often": often, "never": lambda: None}, 10.0 * ROUNDS)
     share = len(taken["often"].interrupted) / (len(taken["often"].interrupted) + len(taken["often"].clear))
     assert 0.2 < share < 0.5 and taken["often"].counted == taken["often"].clear
     assert not taken["never"].interrupted

@@ -78,14 +78,14 @@ DRAWN = given(
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=QUIET)
+@settings(max_examples=150, suppress_health_check=QUIET)
 @DRAWN
 def test_what_is_stated_holds_on_random_networks(network: tuple[nn.Sequential, Tensor], method: Any, scheme: Any, cap: int) -> None:
     _random_network(network, method, scheme, cap)
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, deadline=None, derandomize=True, suppress_health_check=QUIET)
+@settings(max_examples=3000, suppress_health_check=QUIET)
 @DRAWN
 def test_what_is_stated_holds_on_many_random_networks(network: tuple[nn.Sequential, Tensor], method: Any, scheme: Any, cap: int) -> None:
     _random_network(network, method, scheme, cap)

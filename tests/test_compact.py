@@ -237,7 +237,7 @@ class Random(nn.Module):
         return out
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.sampled_from(["conv", "norm", "act", "add", "cat", "deep", "pool"]), min_size=1, max_size=7),
     st.booleans(),

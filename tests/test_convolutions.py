@@ -106,7 +106,7 @@ def test_without_pruning_the_network_is_the_same_function(method: Any, scheme: A
 
 
 @pytest.mark.parametrize("scheme", ["cascade", "parallel"])
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(seed=st.integers(0, 10_000), epsilon=st.sampled_from([0.1, 0.4]), inplace=st.booleans())
 def test_layers_stay_within_their_tolerance(scheme: Any, seed: int, epsilon: float, inplace: bool) -> None:
     """Lemma 1 with pooling and added branches, on random networks: what moved is at most the distance, which the solver foresaw."""

@@ -76,7 +76,7 @@ def assert_same_in_c(model: nn.Module, folder: Path, *shape: int, options: tuple
 
 
 @given(st.integers(0, 400), st.floats(0, 1) | st.sampled_from([0.0, 0.001, 0.01, 0.05, 0.2, 0.5, 1.0]), st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_coded_weights_come_back_and_no_other_form_is_smaller(size: int, density: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     flat = (rng.normal(size=size) * (rng.random(size) < density)).astype(np.float32)
@@ -124,7 +124,7 @@ def random_plan(sizes: list[int], seed: int) -> Plan:
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.integers(0, 2**32 - 1))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_value_is_written_over_while_it_is_needed(sizes: list[int], seed: int) -> None:
     """Every entry of memory remembers who wrote it; every read must find its own value."""
     plan = random_plan(sizes, seed)
@@ -263,7 +263,7 @@ def networks(draw: st.DrawFn) -> tuple[nn.Sequential, tuple[int, ...]]:
 
 @compiled
 @given(networks(), st.sampled_from([0.0, 0.1, 0.5, 1.0]))
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_random_networks_compute_the_same(tmp_path: Path, network: tuple[nn.Sequential, tuple[int, ...]], density: float) -> None:
     assert_same_in_c(randomised(network[0], density), tmp_path, *network[1])
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nettrim.experiments.journal import Journal
@@ -73,7 +73,6 @@ def test_a_last_line_cut_anywhere_is_dropped_and_written_again(tmp_path: Path) -
     whole = path.read_bytes()
     last = len(whole[:-1].rpartition(b"\n")[0]) + 1
 
-    @settings(deadline=None)
     @given(st.integers(last, len(whole) - 2))
     def check(length: int) -> None:
         path.write_bytes(whole[:length])

@@ -36,7 +36,7 @@ def product(layer: LayerView, x: Tensor) -> Tensor:
     return torch.cat(parts, dim=1) + (0.0 if b is None else b)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
@@ -184,7 +184,7 @@ def test_new_folded_weights_are_what_the_network_computes(bias: bool, affine: bo
     torch.testing.assert_close(unit.view.rows(x) @ W + fixed, unit.view.outputs(net(x)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), home=st.sampled_from(["layer", "norm", "none"]), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_stored_weights_are_stored_once(seed: int, home: str, dtype: torch.dtype) -> None:
     """What the solver hands over is already what the layer will hold, so that writing it changes nothing more."""
@@ -216,7 +216,7 @@ ACTIVATIONS = {"relu": RELU, "identity": IDENTITY, "clamp": clamp(-0.5, 0.5), "l
 
 
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), kernel=st.sampled_from([(2, 2), (3, 2), (1, 4), (2,)]), size=st.sampled_from([6, 7, 8]))
 def test_the_pooling_box(name: str, seed: int, kernel: tuple[int, ...], size: int) -> None:
     s, pool = ACTIVATIONS[name], Pool(kernel)

@@ -115,7 +115,7 @@ def networks(draw: st.DrawFn, dtype: torch.dtype) -> nn.Sequential:
 def test_the_way_back_is_exact_bit_by_bit(dtype: torch.dtype) -> None:
     seen = {"subnormal": 0, "zero": 0}
 
-    @settings(deadline=None, max_examples=40, database=None, derandomize=True)
+    @settings(max_examples=40)
     @given(networks(dtype))
     def check(model: nn.Sequential) -> None:
         link = normalise(model, torch.zeros(1, layers(model)["0"].in_features, dtype=dtype))
@@ -145,7 +145,7 @@ def test_the_way_back_is_exact_for_every_float16() -> None:
         assert bits(link.restore(link.model)) == bits(model)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.floats(-8, 8))
 def test_float64_comes_back_within_one_unit_in_the_last_place(seed: int, power: float) -> None:
     model = network(seed, dtype=torch.float64)

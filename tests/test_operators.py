@@ -87,7 +87,7 @@ def convolutions(draw: st.DrawFn) -> tuple[ConvolutionMap, Tensor, dict[str, Any
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")  # of the torch.conv2d it is compared with
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(convolutions(), st.integers(0, 99))
 def test_the_convolution_is_torchs_and_its_adjoint_is_one(made: Any, seed: int) -> None:
     A, x, how, shape = made
@@ -107,7 +107,7 @@ def test_the_convolution_is_torchs_and_its_adjoint_is_one(made: Any, seed: int) 
     assert A.largest_gram_entry() == pytest.approx(float((X.T @ X).max()), rel=1e-12)  # over all entries, not the diagonal alone
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 4), st.booleans(), st.integers(0, 99))
 def test_a_matrix_map_has_its_adjoint_and_its_gram_entry(P: int, N: int, M: int, bias: bool, seed: int) -> None:
     A = MatrixMap(normal(seed, P, N), M, bias=bias)

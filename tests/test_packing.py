@@ -84,7 +84,7 @@ def read_by_the_book(stored: dict[str, Tensor], header: str) -> dict[str, bytes]
     return state
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     dtype=st.sampled_from(DTYPES),
     shape=st.lists(st.integers(0, 9), max_size=3).map(lambda sizes: (*sizes, 40)),

@@ -127,7 +127,7 @@ def patterns() -> st.SearchStrategy[Pattern]:
     return st.one_of(st.sampled_from([UNSTRUCTURED, parse("rows"), parse("columns")]), ratio, blocks)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(pattern=patterns(), N=st.integers(1, 20), M=st.integers(1, 12), share=st.floats(0, 1), seed=st.integers(0, 10**6))
 def test_no_mask_of_the_pattern_comes_nearer(pattern: Pattern, N: int, M: int, share: float, seed: int) -> None:
     V, k = normal(seed, N, M), round(share * N * M)

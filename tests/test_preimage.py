@@ -51,7 +51,7 @@ values = st.floats(-20, 20, allow_nan=False, width=64)
 
 
 @pytest.mark.parametrize("s", EXACT, ids=ids)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(data=st.lists(st.tuples(values, values), min_size=1, max_size=12))
 def test_lemma_1(s: Activation, data: list[tuple[float, float]]) -> None:
     Z, Z0 = torch.tensor(data, dtype=torch.float64).T
@@ -61,7 +61,7 @@ def test_lemma_1(s: Activation, data: list[tuple[float, float]]) -> None:
     assert distance(Z0, lo, hi) <= 1e-12
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(z=values, a=values, b=values)
 def test_nearest_point_is_in_the_box_and_nearest(z: float, a: float, b: float) -> None:
     lo, hi = sorted((a, b))

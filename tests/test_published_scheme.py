@@ -67,7 +67,7 @@ def test_kappa_tightens_the_last_layer_and_says_when_it_is_out_of_reach() -> Non
 
 
 @pytest.mark.parametrize("scheme", ["parallel", "cascade"])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10_000), epsilon=st.sampled_from([0.02, 0.1, 0.3]), program=st.sampled_from(["preimage", "halfspace"]))
 def test_theorem_bounds_hold_for_every_layer_of_random_networks(scheme: str, seed: int, epsilon: float, program: str) -> None:
     gamma = 1.1 if scheme == "cascade" else None

@@ -6,10 +6,7 @@ from .certificate import Certificate
 from .report import PruneReport
 
 SHOWN = 3  # of what was left out, the largest are named
-NEXT = (
-    "result.save('pruned'), then nettrim.verify('pruned', model, data); result.model is the network: "
-    "nettrim.compact, accelerate, bench and export take it"
-)
+NEXT = "result.save('pruned'); nettrim.verify('pruned', model, data); nettrim.bench, compact, export of result.model"
 
 
 def result_text(report: PruneReport, certificate: Certificate, following: str = NEXT) -> str:
