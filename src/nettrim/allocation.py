@@ -58,24 +58,33 @@ def error_curve(method: Method, task: LayerTask, name: str, cost: float) -> Curv
     kept = sorted({max(1, round(share * total)) for share in DENSITIES}, reverse=True)
     errors = np.zeros(len(kept))
     for program in task.programs:
+        if not program.weights.numel():
+            continue
         own = [max(1, round(k * program.weights.numel() / total)) for k in kept]
         errors += _errors(method, program, own)
-    return Curve(name, total, cost, tuple(kept), tuple(float(value) for value in errors))
+    largest = float(np.finfo(np.float64).max)  # stands for errors beyond it
+    return Curve(name, total, cost, tuple(kept), tuple(float(value) for value in np.nan_to_num(errors, nan=largest, posinf=largest)))
 
 
 def _errors(method: Method, program: LayerProgram, kept: Sequence[int]) -> NDArray[np.float64]:
     h = program.importance
     if isinstance(method, NetTrim):
         standard = standardise(program, ridge=method.ridge, shuffled=True, rough=True, weighted=True)
-        squares = np.square(l0.path(standard, kept))
-        return squares * (1 / program.reference_norm**2 if h is None else float(h.mean()) / program.rows)
+        distances = np.asarray(l0.path(standard, kept))
+        return _relative(distances, program) if h is None else np.square(distances) * (float(h.mean()) / program.rows)
     found = []
     for k in kept:
         solution = method.solve(program, 1 - k / program.weights.numel())
         Z = program.preactivation(solution.weights, solution.bias)
         square = (Z - nearest_point(Z, program.lo, program.hi)).square().sum(0)
-        found.append(float(square.sum()) / program.reference_norm**2 if h is None else float((h * square).sum()) / program.rows)
-    return np.asarray(found)
+        found.append(math.sqrt(float(square.sum())) if h is None else float((h * square).sum()) / program.rows)
+    return _relative(np.asarray(found), program) if h is None else np.asarray(found)
+
+
+def _relative(distances: NDArray[np.float64], program: LayerProgram) -> NDArray[np.float64]:
+    """Squared relative distances; none where the reference output is zero, which weights of zero give as well."""
+    norm = program.reference_norm
+    return np.square(distances / norm) if norm > 0 else np.zeros_like(distances)
 
 
 def shared(curves: Sequence[Curve], budget: float) -> dict[str, int]:

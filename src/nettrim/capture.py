@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,13 +17,15 @@ from torch import Tensor, fx, nn
 from . import calibration as data
 from .calibration import Calibration
 from .diagnosis import cannot_run, check_first, first_line
-from .graph import Graph, read
-from .layers import LayerView
+from .graph import Graph, calls_layer, read
+from .layers import LayerView, widened
 from .outputs import disagreement, outputs_of
 from .preimage import Activation
 from .status import InvalidInput
 from .tasks import LayerTask, TaskBuilder
 from .units import Call, Unit, unit_of
+
+LARGEST = 1e100  # of values whose squares are summed: with weights of any float32 size between them, nothing leaves float64's range
 
 
 class _LastCall(BaseException):
@@ -34,7 +36,8 @@ class _LastCall(BaseException):
 class Replica:
     """A copy of a model for calibration passes: eval mode, on ``device``, in float64 where the model allows it.
 
-    ``dtype`` is the arithmetic of the passes (``None``: the model's own). ``graph`` says what follows each layer, once it is known.
+    ``dtype`` is the arithmetic of the passes (``None``: the model's own; what the layers themselves put out is then computed in float64
+    beside it, see :class:`nettrim.units.Call`). ``graph`` says what follows each layer, once it is known.
     """
 
     model: nn.Module
@@ -53,14 +56,18 @@ class Replica:
         )
 
     def views(self, names: Sequence[str]) -> dict[str, LayerView]:
-        """The matrix views of its layers, which were checked when they were selected."""
-        modules = dict(self.model.named_modules())
+        """The matrix views of its layers, which were checked when they were selected; to be read, in float64 where its passes are not."""
+        modules = self._modules(names)
         return {name: LayerView(name, modules[name]) for name in names}
 
-    def units(self, names: Sequence[str]) -> dict[str, Unit]:
-        """Its layers with what follows them."""
-        assert self.graph is not None
+    def _modules(self, names: Sequence[str]) -> dict[str, nn.Module]:
         modules = dict(self.model.named_modules())
+        return modules if self.dtype is not None else modules | {name: widened(modules[name]) for name in names}
+
+    def units(self, names: Sequence[str]) -> dict[str, Unit]:
+        """Its layers with what follows them, as :meth:`views`."""
+        assert self.graph is not None
+        modules = self._modules(names)
         return {name: unit_of(name, modules, self.graph.readings[name]) for name in names}
 
     def run(self, batch: Any) -> Any:
@@ -77,8 +84,9 @@ class Replica:
         With ``expected``, the pass ends after that many calls and the output is ``None``.
         """
         readings = {} if self.graph is None else self.graph.readings
-        totals = {name: readings[name].total for name in names if name in readings and readings[name].total}
-        waiting: dict[str, tuple[Tensor, Tensor]] = {}
+        summed = [name for name in names if name in readings and readings[name].total]
+        wide = self.views(names) if self.dtype is None else {}
+        waiting: dict[str, Call] = {}
         count = 0
 
         def done(name: str, call: Call) -> None:
@@ -90,15 +98,18 @@ class Replica:
 
         def keep(name: str, x: Tensor, y: Tensor) -> None:
             # copies: what comes later in the pass may change either in place (an activation with inplace=True, a residual +=)
-            if name in totals:
-                waiting[name] = (x.clone(), y.clone())
+            x, y = x.clone(), y.clone()
+            call = Call(x, y) if name not in wide else Call(x.double(), wide[name].respond(x.double()), seen=y)
+            if name in summed:
+                waiting[name] = call
             else:
-                done(name, Call(x.clone(), y.clone()))
+                done(name, call)
 
-        def add(name: str, total: Tensor) -> None:
-            done(name, Call(*waiting.pop(name), total.clone()))
+        def add(name: str, branch: Any) -> None:
+            call = waiting.pop(name)
+            done(name, replace(call, branch=branch.clone() if isinstance(branch, Tensor) else torch.full_like(call.y, branch)))
 
-        with _hooks(self.model, names, keep), self._taps(totals, add) as module:
+        with _hooks(self.model, names, keep), self._taps(summed, add) as module:
             try:
                 return self._forward(module, batch)
             except _LastCall:
@@ -111,14 +122,14 @@ class Replica:
         return seen, output
 
     @contextmanager
-    def _taps(self, totals: Mapping[str, str], receive: Callable[[str, Tensor], None]) -> Iterator[nn.Module]:
-        """The module to run: the model itself, or one made from its graph that also hands out sums."""
-        if not totals:
+    def _taps(self, summed: Sequence[str], receive: Callable[[str, Any], None]) -> Iterator[nn.Module]:
+        """The module to run: the model itself, or one made from its graph that also hands out what is added to these layers."""
+        if not summed:
             yield self.model
             return
         if self._tapped is None:
             self._tapped = self._made_from_graph()
-        taps = {name: cast(_Tap, self._tapped.get_submodule(_tap_name(name))) for name in totals}
+        taps = {name: cast(_Tap, self._tapped.get_submodule(_tap_name(name))) for name in summed}
         try:
             for name, tap in taps.items():
                 tap.receive = partial(receive, name)
@@ -128,7 +139,7 @@ class Replica:
                 tap.receive = None
 
     def _made_from_graph(self) -> fx.GraphModule:
-        """The traced graph over this model's own modules, with a tap on every sum that a reading names."""
+        """The traced graph over this model's own modules, with a tap on what goes into every sum that a reading names."""
         assert self.graph is not None and self.graph.traced is not None
         for name, constant in self.graph.constants.items():
             setattr(self.model, name, constant.to(self.device))
@@ -137,8 +148,10 @@ class Replica:
         for name, reading in self.graph.readings.items():
             if reading.total:
                 made.add_submodule(_tap_name(name), _Tap())
-                with made.graph.inserting_after(nodes[reading.total]):
-                    made.graph.call_module(_tap_name(name), (nodes[reading.total],))
+                total = nodes[reading.total]
+                (branch,) = (term for term in total.args if not (isinstance(term, fx.Node) and calls_layer(term, name)))
+                with made.graph.inserting_before(total):
+                    made.graph.call_module(_tap_name(name), (branch,))
         made.recompile()
         return made
 
@@ -146,9 +159,9 @@ class Replica:
 class _Tap(nn.Module):
     """Hands on what passes."""
 
-    receive: Callable[[Tensor], None] | None = None
+    receive: Callable[[Any], None] | None = None
 
-    def forward(self, x: Tensor) -> None:
+    def forward(self, x: Any) -> None:
         if self.receive is not None:
             self.receive(x)
 
@@ -261,7 +274,7 @@ def _misfits(reference: Replica, batch: Any) -> list[str]:
     found: list[str] = []
 
     def check(name: str, call: Call) -> None:
-        moved = call.total is not None and call.total.shape != call.y.shape
+        moved = call.branch is not None and np.broadcast_shapes(call.branch.shape, call.y.shape) != call.y.shape
         reading = reference.graph.readings[name]  # type: ignore[union-attr]
         if moved or ((reading.norm or reading.pool) and views[name].convolution is None and call.y.ndim != 2):
             found.append(name)
@@ -294,15 +307,19 @@ def scan(reference: Replica, names: Sequence[str], batches: Calibration) -> Scan
         order: list[str] = []
 
         def receive(name: str, call: Call, counts: dict[str, int] = counts, order: list[str] = order, number: int = number) -> None:
+            call = call.native()
             if not bool(torch.isfinite(call.y).all()):
                 raise InvalidInput(
                     f"{batches.what}: batch {number} makes layer {name!r} put out NaN or inf; check its weights and the data"
                 )
-            if name not in result.calls and not counts[name]:
+            _refuse_too_large((call.x, call.y), f"{batches.what}: batch {number}: the inputs and outputs of layer {name!r}")
+            rows = call.y.numel() // views[name].shape[1]
+            if rows and not result.rows.get(name):
                 _check_affine(views[name], call, reference.precision)
-            result.rows[name] = result.rows.get(name, 0) + call.y.numel() // views[name].shape[1]
+            result.rows[name] = result.rows.get(name, 0) + rows
             counts[name] += 1
-            order.append(name)
+            if rows:  # a layer that is only ever called with nothing is not reached by the data
+                order.append(name)
 
         try:
             output = reference.stream(batch, names, receive)
@@ -319,12 +336,20 @@ def scan(reference: Replica, names: Sequence[str], batches: Calibration) -> Scan
                 raise InvalidInput(
                     f"{batches.what}: the network puts out NaN or inf on batch {number}{where}; check its weights and the data"
                 )
+            _refuse_too_large([value], f"{batches.what}: batch {number}: the network's outputs")
         if number == 1:
             result.sample_shape = data.sample_shape(batch)
         result.order += [name for name in dict.fromkeys(order) if name not in result.order]
         result.samples += data.samples(batch)
     result.data_hash = digest.hexdigest()
     return result
+
+
+def _refuse_too_large(tensors: Iterable[Tensor], what: str) -> None:
+    """Refuses values whose squares cannot be summed in float64."""
+    largest = max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)
+    if largest > LARGEST:
+        raise InvalidInput(f"{what} must be at most {LARGEST:g} in size, found {largest:.3g}; scale the weights or the data")
 
 
 def _check_affine(layer: LayerView, call: Call, precision: float) -> None:
@@ -337,7 +362,7 @@ def _check_affine(layer: LayerView, call: Call, precision: float) -> None:
     columns = W.reshape(len(W), layer.groups, -1)
     own = torch.einsum("pgn,ngm->pgm", blocks, columns).reshape(len(some), -1) + (0.0 if b is None else b.double())
     size = torch.einsum("pgn,ngm->pgm", blocks.abs(), columns.abs()).max() + (0.0 if b is None else b.double().abs().max())
-    if float((own - y[some]).abs().max()) > 1e3 * precision * float(size):
+    if float((own - y[some]).abs().max()) > min(1e3 * precision, 1e-3 + 16 * precision) * float(size):
         raise InvalidInput(
             f"layer {layer.name!r} ({layer.kind}) does not put out its input times its weight plus its bias: a forward of its own, or a "
             f"hook, changes that; merge or remove it, or pass ignore=[{layer.name!r}]"

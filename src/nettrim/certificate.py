@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -56,7 +57,9 @@ class LayerCertificate:
     where that is out of reach, the distance that was aimed at): at most that share of the stored weights' objective can be above the
     smallest possible. ``original_distance`` is the distance of the unpruned
     weights on the same inputs. ``theorem`` is the published bound of the discrepancy, from the tolerances and the sums of absolute weights
-    alone (docs/theory.md, 4.3); ``None`` where layers have no tolerance or form no chain.
+    alone (docs/theory.md, 4.3); ``None`` where layers have no tolerance or form no chain. ``rounding`` is what the network's own
+    arithmetic adds where it does not run in float64, as measured (absolute; docs/theory.md, 4.6): ``bound`` contains it, ``distance``,
+    a product in float64 of the inputs and the stored weights, does not. It is 0 in float64.
     """
 
     name: str
@@ -82,6 +85,7 @@ class LayerCertificate:
     original_distance: float = 0.0
     source: str = "graph"
     theorem: float | None = None
+    rounding: float = 0.0
 
     @property
     def holds(self) -> bool:
@@ -115,7 +119,8 @@ class NetworkCertificate:
     Norms run over all floating-point tensors of the output. ``agreement`` is the share of the ``rows`` whose predicted class stayed, the
     largest entry along what ``classes`` names (``None`` and empty without classes; rows are then those of all outputs). ``integer_changes``
     counts entries of integer and boolean outputs that differ (``None`` without such outputs); ``changed`` names those outputs, and plain
-    values that differ. ``not_compared`` names objects in the output that nothing here speaks of, with their class.
+    values that differ. ``not_compared`` names objects in the output that nothing here speaks of, with their class. ``rounding`` is the part
+    of ``bound`` that the network's own arithmetic adds behind the last pruned layer, as measured; 0 in float64.
     """
 
     scheme: str
@@ -133,6 +138,7 @@ class NetworkCertificate:
     integer_changes: int | None = None
     changed: tuple[str, ...] = ()
     not_compared: tuple[str, ...] = ()
+    rounding: float = 0.0
 
     @property
     def holds(self) -> bool:
@@ -363,18 +369,29 @@ class LayerTally:
 
     ``W`` (N, M) are the stored weights, with the batch-norm behind them folded in; ``groups`` those of a grouped convolution.
     ``gap_kind`` is ``"epsilon"``, ``"penalty"`` or ``""``; with a gap, ``gap_level`` is the absolute tolerance or the penalty that the l1
-    program was solved for.
+    program was solved for. ``live`` (M,), bool, are the outputs that weights reach: the distance of the others is a fixed amount of that
+    program.
     """
 
     def __init__(
-        self, W: Tensor, has_bias: bool, activation: Activation, gap_kind: str = "", gap_level: float = 0.0, groups: int = 1
+        self,
+        W: Tensor,
+        has_bias: bool,
+        activation: Activation,
+        gap_kind: str = "",
+        gap_level: float = 0.0,
+        groups: int = 1,
+        live: Tensor | None = None,
     ) -> None:
         self.W, self.activation = W.double(), activation
+        self.live = None if live is None or bool(live.all()) else live
+        outputs = W.shape[1] if self.live is None else int(self.live.sum())
         self.original_distance = 0.0
         self.gap_kind, self.gap_level = gap_kind, gap_level
-        self.dual = DualPoint(W.shape[0], W.shape[1], has_bias, W.device) if gap_kind and groups == 1 else None
+        self.dual = DualPoint(W.shape[0], outputs, has_bias, W.device) if gap_kind and groups == 1 else None
         self.rows = self.rows_total = 0
-        self.reference = self.reference_all = self.distance = self.distance_all = self.discrepancy = 0.0
+        self.reference = self.reference_all = self.distance = self.distance_all = self.discrepancy = self.fixed = 0.0
+        self.entered = self.rounding_before = self.rounding_after = 0.0
 
     def add(
         self,
@@ -385,6 +402,8 @@ class LayerTally:
         moved: float,
         rows: Tensor | slice,
         inputs: Callable[[Tensor | slice], Tensor],
+        rounding: tuple[float, float] = (0.0, 0.0),
+        entered: float = 0.0,
     ) -> None:
         """Adds a batch; all matrices are (p, M), in float64.
 
@@ -397,6 +416,9 @@ class LayerTally:
             moved: the squared discrepancy of the layer's output between the two networks.
             rows: which of these rows the layer's program used.
             inputs: gives some rows of the program's inputs (p, N).
+            rounding: the squared distance between the layer's part as the reference network, and the pruned one, computed it and in
+                float64.
+            entered: the squared difference of the layer's inputs between the two networks.
         """
         lo, hi = box
         residual = (Z - nearest_point(Z, lo, hi)).square_()
@@ -408,8 +430,20 @@ class LayerTally:
         self.rows += len(Z[rows])
         self.reference += float(Y[rows].square().sum())
         self.distance += float(residual[rows].sum())
+        self.rounding_before += rounding[0]
+        self.rounding_after += rounding[1]
+        self.entered += entered
+        chosen = [matrix[rows] for matrix in (residual, Z, lo, hi)]
+        if self.live is not None:
+            self.fixed += float(chosen[0][:, ~self.live].sum())
+            chosen = [matrix[:, self.live] for matrix in chosen]
         if self.dual is not None:
-            self.dual.add(inputs(rows).double(), Z[rows], lo[rows], hi[rows])
+            self.dual.add(inputs(rows).double(), *chosen[1:])
+
+    @property
+    def rounding(self) -> float:
+        """How far rounding can have taken the layer's output from where it is in float64, in both networks together."""
+        return math.sqrt(self.rounding_before) + math.sqrt(self.rounding_after)
 
     def gap(self) -> float | None:
         """The relative duality gap of the stored weights, or ``None`` when their program has none."""
@@ -417,8 +451,8 @@ class LayerTally:
             return None
         norm = float(self.W.abs().sum())
         if self.gap_kind == "epsilon":
-            return relative_gap(norm, self.dual.constrained(self.gap_level))
-        return relative_gap(self.distance / 2 + self.gap_level * norm, self.dual.penalised(self.gap_level))
+            return relative_gap(norm, self.dual.constrained(self.gap_level, self.fixed))
+        return relative_gap((self.distance - self.fixed) / 2 + self.gap_level * norm, self.dual.penalised(self.gap_level))
 
     def certificate(
         self,
@@ -427,22 +461,22 @@ class LayerTally:
         bound: float | None,
         reason: str,
         source: str = "graph",
-        rounding: float = ROUNDING,
         theorem: float | None = None,
         budget: int | None = None,
         pattern: str = "",
         stored: Tensor | None = None,
+        rounding: float = 0.0,
     ) -> LayerCertificate:
         """The layer's certificate, given what was asked of it (see :class:`LayerCertificate`) and the proven bounds of its discrepancy.
 
         ``stored`` (N, M) are the weights as the layer stores them, where those of the tally have a batch-norm folded in. ``rounding``
-        is the relative allowance for the arithmetic of the passes that gave the inputs and responses.
+        is the part of the bound that was measured as rounding.
         """
-        distance, discrepancy = math.sqrt(self.distance), math.sqrt(self.discrepancy)
+        distance, discrepancy = root(self.distance), root(self.discrepancy)
         stored = self.W if stored is None else stored
         nonzeros = int((stored != 0).sum())
-        met = within(distance, tolerance, math.sqrt(self.reference), rounding) and (budget is None or nonzeros <= budget)
-        sound = all(within(discrepancy, proven, math.sqrt(self.reference_all), rounding) for proven in (bound, theorem))
+        met = within(distance, tolerance, math.sqrt(self.reference)) and (budget is None or nonzeros <= budget)
+        sound = all(within(discrepancy, proven, math.sqrt(self.reference_all)) for proven in (bound, theorem))
         return LayerCertificate(
             name=name,
             activation=self.activation.name,
@@ -451,7 +485,7 @@ class LayerTally:
             reference_norm=math.sqrt(self.reference),
             tolerance=tolerance,
             distance=distance,
-            distance_all_rows=math.sqrt(self.distance_all),
+            distance_all_rows=root(self.distance_all),
             discrepancy=discrepancy,
             bound=bound,
             reason=reason,
@@ -464,10 +498,16 @@ class LayerTally:
             sound=sound,
             met=met and parse(pattern or None).admits(stored),
             gap_level=self.gap_level,
-            original_distance=math.sqrt(self.original_distance),
+            original_distance=root(self.original_distance),
             source=source,
             theorem=theorem,
+            rounding=rounding,
         )
+
+
+def root(square: float) -> float:
+    """The root of a sum of squares; where that is beyond float64, the largest number, which nothing holds within."""
+    return math.sqrt(square) if math.isfinite(square) else sys.float_info.max
 
 
 def spectral_norm(W: Tensor) -> float:

@@ -16,6 +16,7 @@ from .graph import Graph
 from .layers import LayerView
 from .methods.targets import lookup
 from .nodes import has_statistics, norm_scale, pool_of_module
+from .outputs import allowance
 from .preimage import Activation
 from .reading import PARTS, Correction
 from .selection import resolve
@@ -148,7 +149,7 @@ def corrected_graph(reference: Replica, graph: Graph, corrections: Mapping[str, 
     units = replica.units(named)
     for name in named:
         correction, unit = corrections[name], units[name]
-        outputs = [call.y for call in calls[name]]
+        outputs = [call.native().y for call in calls[name]]
         if correction.norm is not None:
             if unit.view.convolution is None and any(y.ndim != 2 for y in outputs):
                 raise InvalidInput(
@@ -158,9 +159,9 @@ def corrected_graph(reference: Replica, graph: Graph, corrections: Mapping[str, 
         if correction.pooling is not None:
             if not unit.reading.activation.exact:
                 raise InvalidInput(f"layer {name!r}: with pool, state its activation too ('identity' for none): it is not known")
-            full = [unit.full(call) for call in calls[name]]
+            full = [unit.full(call.native()) for call in calls[name]]
             active = [unit.reading.activation.apply(z) for z in full]
-            given, precision = inputs[correction.pooling], 1e4 * reference.precision
+            given, precision = inputs[correction.pooling], allowance(reference.precision)
             # a nondecreasing activation and max-pooling may stand in either order
             _refuse_others(name, "max-pooling", correction.pooling, _same(active, given, precision) or _same(full, given, precision))
     return found

@@ -77,13 +77,7 @@ class Graph:
         total = self.readings[name].total
         if not total or self.traced is None:
             return set()
-        waiting = [node for node in self.traced.nodes if node.name == total]
-        found: set[Node] = set()
-        while waiting:
-            node = waiting.pop()
-            if node not in found:
-                found.add(node)
-                waiting += node.all_input_nodes
+        found = _needed(node for node in self.traced.nodes if node.name == total)
         called = [str(node.target) for node in found if node.op == "call_module"]
         return {layer for layer in among if layer != name and any(_inside(layer, target) for target in called)}
 
@@ -386,6 +380,11 @@ def _chain(
         node = users[0]
 
 
+def calls_layer(node: Node, layer: str) -> bool:
+    """Whether a node's values, and not only their shape, depend on a call of that layer."""
+    return any(found.op == "call_module" and found.target == layer for found in _needed([node], shapes=False))
+
+
 def _inside(layer: str, module: str) -> bool:
     """Whether a layer is that module or lies in it."""
     return layer == module or layer.startswith(module + ".")
@@ -426,11 +425,16 @@ def _depending(nodes: Iterable[Node]) -> set[Node]:
 
 def _used(graph: fx.Graph) -> set[Node]:
     """The nodes that the output depends on."""
-    used: set[Node] = set()
-    waiting = [node for node in graph.nodes if node.op == "output"]
+    return _needed(node for node in graph.nodes if node.op == "output")
+
+
+def _needed(nodes: Iterable[Node], *, shapes: bool = True) -> set[Node]:
+    """These nodes and all that they depend on; without ``shapes``, leaving out what only a shape is read of."""
+    found: set[Node] = set()
+    waiting = list(nodes)
     while waiting:
         node = waiting.pop()
-        if node not in used:
-            used.add(node)
-            waiting += node.all_input_nodes
-    return used
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes if shapes or not reads_shape(node) else []
+    return found

@@ -6,6 +6,7 @@ the view then has ``G`` row blocks of the same width, and column ``m`` of ``W`` 
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any, cast
@@ -100,7 +101,7 @@ class LayerView:
             which = torch.arange(B * math.prod(places), device=x.device)[which]
         image, *place = torch.unravel_index(which.to(x.device), (B, *places))
         picked: Any = (image, slice(None), *place)
-        return patches[picked].reshape(len(which), -1)
+        return patches[picked].flatten(1)  # also where there is none
 
     def outputs(self, y: Tensor) -> Tensor:
         """A map of the form of the layer's output as rows (P, M)."""
@@ -200,6 +201,14 @@ def view(name: str, module: nn.Module) -> LayerView:
         if not bool(torch.isfinite(tensor).all()):
             raise InvalidInput(f"layer {name!r}: its {label} holds NaN or inf; repair or retrain the model before pruning it")
     return LayerView(name, module)
+
+
+def widened(module: nn.Module) -> nn.Module:
+    """A layer of the same kind whose parameters are float64 copies; it shares everything else, and is only read."""
+    twin = copy.copy(module)
+    wide = {key: None if value is None else nn.Parameter(value.detach().double(), False) for key, value in module._parameters.items()}
+    twin.__dict__["_parameters"] = wide
+    return twin
 
 
 def can_take_bias(module: nn.Module) -> bool:

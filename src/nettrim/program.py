@@ -20,6 +20,7 @@ from .status import InvalidInput
 
 LEAST_IMPORTANCE = 1e-3  # of the mean: outputs that seem to count for nothing on these data still have to be near
 BLOCK_ENTRIES = 1 << 16  # entries of one block of rows: 512 KiB in float64
+SMALL, LARGE = 1e-12, 1e15  # between these, sums of squares keep float32's precision
 CUT = 1e-13  # eigenvalues of a Gram matrix below this share of the largest are rounding
 
 
@@ -29,7 +30,8 @@ class LayerProgram:
 
     ``inputs`` (P, N), ``lo`` and ``hi`` (P, M), ``bias_column`` (P,) or ``None``, ``weights`` (N, M) and ``bias`` (M,) the original ones,
     ``reference_norm`` the Frobenius norm of the layer's reference output, ``rows`` the number of samples that the program
-    stands for, ``unreachable`` the squared distance that no weights can remove (compressed programs only), ``dtype`` the dtype
+    stands for, ``unreachable`` the squared distance that no weights can remove (of compressed programs, and of outputs that batch-norm
+    multiplies by zero, which are in no column), ``dtype`` the dtype
     in which the layer stores its weights. In a ``hard`` program only points may be missed: every other box is a constraint (the published
     program, :mod:`nettrim.halfspace`). ``name`` is the layer's, for settings that differ by layer. ``fold`` is
     the batch-norm that ``weights`` and ``bias`` have taken in, if any. ``importance`` (M,) says how much a squared error of each output
@@ -347,6 +349,13 @@ def _live(scale: Tensor, norm: Tensor) -> Tensor:
     return (scale > 1e-9 * norm) & (scale > 1e-10 * norm.max().clamp(min=1e-290))
 
 
+def _beyond_float32(program: LayerProgram) -> bool:
+    """Whether the boxes, or the original response's part in them, are so large or so small that squares in float32 overflow or vanish."""
+    sides = [program.lo] if program.hi is program.lo else [program.lo, program.hi]
+    size = max((float(side.abs().masked_fill_(torch.isinf(side), 0.0).max()) for side in sides if side.numel()), default=0.0)
+    return size > 0 and not SMALL < size < LARGE
+
+
 def dead_inputs(program: LayerProgram) -> int:
     """How many inputs never vary (without a bias: are always zero); their weights are zero in every solution."""
     A, e = program.inputs, program.bias_column
@@ -370,7 +379,8 @@ def standardise(
 ) -> StandardProgram:
     """Eliminates the bias, scales the inputs, removes the dead ones and decomposes the Gram matrix (design section 3).
 
-    ``dtype`` is the working dtype: by default float64 for float64 layers and float32 otherwise. Inputs are divided by their norm to
+    ``dtype`` is the working dtype: by default float64 for float64 layers, and for boxes of a size whose squares float32 cannot tell
+    apart or hold; float32 otherwise. Inputs are divided by their norm to
     the ``power`` (and by a common factor that makes the mean square norm 1). The solutions are the same for every power in exact
     arithmetic; 1 suits budgets, where entries of different inputs are compared, and 1/2 makes the l1 solver need fewer iterations.
     ``ridge`` adds that share of the mean diagonal of the Gram matrix (dead inputs left out) times ``||W - W0||_F^2`` to the squared
@@ -380,7 +390,7 @@ def standardise(
     ``weighted`` multiplies outputs by the root of their importance (of mean square 1, and never below a thirtieth), where the program
     knows it.
     """
-    dtype = dtype or (torch.float64 if program.dtype == torch.float64 else torch.float32)
+    dtype = dtype or (torch.float64 if program.dtype == torch.float64 or _beyond_float32(program) else torch.float32)
     e = program.bias_column
     P, N = program.inputs.shape
     mean = program.inputs.new_zeros(N) if e is None else (e @ program.inputs) / e.square().sum()

@@ -37,7 +37,7 @@ from .preimage import Activation
 from .progress import Advance, shown, within
 from .report import PruneReport, as_certified
 from .run import Run
-from .selection import resolve, select
+from .selection import refuse_shared_norms, resolve, select
 from .status import InvalidInput, NothingToPrune
 from .summary import result_text
 from .whole import reasons_of, whole_model
@@ -190,6 +190,7 @@ def prune(
         graph = corrected_graph(reference, read_graph(reference, wanted, {}, first), corrections, first)
         notes = [*([opening] if opening else []), *([notice] if notice else []), *([graph.notice] if graph.notice else [])]
         run = Run(model, method, scheme, batches, found, graph, reference, max_samples, seed, advance)
+        refuse_shared_norms(model, run.offset_holders())
         run.plan(len(wanted), sweeps, allocation == "global", unseen is not None)
         if add_bias:
             notes += run.add_biases(wanted)

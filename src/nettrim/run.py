@@ -23,15 +23,15 @@ from .importance import output_importance
 from .layers import LayerView, can_take_bias, view
 from .layers import add_bias as give_bias
 from .methods import Method
-from .methods.targets import kept_weights
+from .methods.targets import kept_weights, takes_nothing, weights_kept
 from .outputs import outputs_of, squares
 from .program import LayerProgram
 from .progress import Advance, within
 from .report import LayerReport
 from .solution import Solution
-from .status import NothingToPrune, Status
+from .status import InvalidInput, NothingToPrune, Status
 from .tasks import LayerTask
-from .units import unit_of
+from .units import Call, unit_of
 from .verification import Claim, Setup, certify
 
 
@@ -80,6 +80,11 @@ class Run:
     def _where(self, name: str) -> str:
         return f"pruning {name}, layer {self.index + 1} of {self.count}"
 
+    def offset_holders(self) -> dict[str, str]:
+        """By layer, the batch-norm whose bias takes its offset."""
+        units = self.reference.units(list(self.graph.readings))
+        return {name: unit.reading.norm for name, unit in units.items() if unit.fold is not None and unit.fold.home == "norm"}
+
     def add_biases(self, names: Sequence[str]) -> list[str]:
         """Gives layers without any home for an offset a bias of zero, in all copies; notes on those that must stay without."""
         homeless = [name for name, unit in self.reference.units(names).items() if unit.bias() is None]
@@ -96,9 +101,9 @@ class Run:
         self.count = len(names)
         self.names = list(names)
         if self.scheme == "parallel":
-            schemes.parallel(names, self._capture, self._solve, self._write)
+            schemes.parallel(names, self._capture, self._settle)
         else:
-            schemes.cascade(names, self.pruned, self._capture, self._solve, self._write)
+            schemes.cascade(names, self.pruned, self._capture, self._settle)
 
     def weigh(self, network: Replica) -> None:
         """Measures what the outputs of the layers count for in ``network``, for a method that asks."""
@@ -187,26 +192,71 @@ class Run:
             importance=importance,
         )
 
-    def _solve(self, name: str, task: LayerTask) -> Solution:
+    def _settle(self, name: str, task: LayerTask) -> None:
+        """Solves a layer, writes what was found, and reports it."""
         target = self.method.target(name)
         assert target is not None
-
-        def watch(iteration: int, distance: float, density: float) -> None:
-            share = distance / max(task.reference_norm, 1e-300)
-            self.tell(f"{self._where(name)}: step {iteration}, distance {share:.2%}, density {density:.1%}")
-
-        solution = task.solve(lambda program, own: _finite(self.method.solve(program, own, watch), program), self.method.kind, target)
+        solution = self._solve(name, task, target)
+        self._write(name, solution)
+        if self.pruned.dtype is None and not solution.kept and self._overflows():
+            note = "with its new weights the network leaves the range of its own dtype: left as it was"
+            solution = _as_it_was(task, Status.SKIPPED, note, solution)
+            self._write(name, solution)
         self._report(name, task, solution, target)
-        return solution
-
-    def _write(self, name: str, solution: Solution) -> None:
-        reading = self.graph.readings[name]
-        for model in (self.result, self.pruned.model):
-            unit_of(name, dict(model.named_modules()), reading).write(solution.weights, solution.bias)
         self.index += 1
         self.finished += 1
         done = self.reports[-1]
         self.tell(f"{name}: {done.density:.1%} of {done.weights:,} weights kept, distance {done.relative_distance:.2%}")
+
+    def _solve(self, name: str, task: LayerTask, target: float) -> Solution:
+        def watch(iteration: int, distance: float, density: float) -> None:
+            share = distance / max(task.reference_norm, 1e-300)
+            self.tell(f"{self._where(name)}: step {iteration}, distance {share:.2%}, density {density:.1%}")
+
+        if self._takes_nothing(name, target):
+            return _as_it_was(task, Status.CONVERGED, "its sparsity takes none of its weights: kept as it was, to the last bit")
+        try:
+            return task.solve(lambda program, own: _finite(self.method.solve(program, own, watch), program), self.method.kind, target)
+        except (InvalidInput, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            if not self.reports and isinstance(error, InvalidInput):  # nothing is lost yet
+                raise
+            asked = target * task.reference_norm if self.method.kind == "epsilon" else None
+            started = Solution(task.weights, task.bias, Status.SKIPPED, 0.0, 0, tolerance=asked)
+            return _as_it_was(task, Status.SKIPPED, f"it could not be solved ({error}): left as it was", started)
+
+    def _takes_nothing(self, name: str, target: float) -> bool:
+        """Whether the layer's target is a sparsity that it has already."""
+        if self.method.kind != "sparsity":
+            return False
+        layer, own = view(name, self.original.get_submodule(name)), type(self.method).__name__
+        stated = None if getattr(self.method, "sparsity", target) is None else target
+        kept = weights_kept(own, self.method.chosen, stated, name, *layer.shape)
+        return takes_nothing(self.method.chosen, kept, layer.weights(), layer.groups)
+
+    def _overflows(self) -> bool:
+        """Whether the network as pruned so far puts out, in any of its layers, what is not finite where the reference network's is."""
+        finite = True
+
+        def check(_: str, call: Call) -> None:
+            nonlocal finite
+            finite = finite and bool(torch.isfinite(call.native().y).all())
+
+        for batch in self.batches:
+            output = self.pruned.stream(batch, self.names, check)
+            finite = finite and all(bool(torch.isfinite(Y).all()) for Y in outputs_of(output).scores.values())
+            if not finite:
+                return True
+        return False
+
+    def _write(self, name: str, solution: Solution) -> None:
+        """Writes a layer's solution into the result and into the copy that the next layer sees."""
+        reading = self.graph.readings[name]
+        for model, source in ((self.result, self.original), (self.pruned.model, self.reference.model)):
+            unit = unit_of(name, dict(model.named_modules()), reading)
+            if solution.kept:
+                unit.restore(unit_of(name, dict(source.named_modules()), reading))
+            else:
+                unit.write(solution.weights, solution.bias)
 
     def _report(self, name: str, program: LayerTask, solution: Solution, target: float) -> None:
         layer, reading = self._layer(name), self.graph.readings[name]
@@ -246,7 +296,7 @@ class Run:
                 reading=reading.words,
                 target=self._asked(target, solution),
                 status=solution.status,
-                nonzeros=int((solution.weights != 0).sum()),
+                nonzeros=int((layer.weights() != 0).sum()),
                 weights=solution.weights.numel(),
                 rows=program.rows,
                 reference_norm=program.reference_norm,
@@ -301,19 +351,32 @@ class Run:
         return certify(self.reference, self.pruned, self.claims, self.graph, self.batches, self.found, setup, advance)
 
 
+def _as_it_was(task: LayerTask | LayerProgram, status: Status, note: str, instead_of: Solution | None = None) -> Solution:
+    """The original weights and bias of a layer or of a program, instead of a solution that cannot be used."""
+    distance = task.original_distance()
+    if instead_of is None:
+        return Solution(task.weights, task.bias, status, distance, 0, notes=(note,), kept=True)
+    asked = instead_of.tolerance
+    return replace(
+        instead_of,
+        weights=task.weights,
+        bias=task.bias,
+        status=status,
+        distance=distance,
+        tolerance_used=None if asked is None else max(asked, distance),
+        gap=None,
+        violation=None,
+        kept=True,
+        notes=(*instead_of.notes, note),
+    )
+
+
 def _finite(solution: Solution, program: LayerProgram) -> Solution:
     """The solution, or the original weights when it holds values that the layer's dtype cannot."""
     parts = (solution.weights, *(() if solution.bias is None else (solution.bias,)))
-    if all(bool(torch.isfinite(part).all()) for part in parts):
-        return solution
-    distance = program.original_distance()
-    return replace(
-        solution,
-        weights=program.weights.to(program.dtype),
-        bias=None if program.bias is None else program.bias.to(program.dtype),
-        status=Status.SKIPPED,
-        distance=distance,
-        tolerance_used=None if solution.tolerance is None else max(solution.tolerance, distance),
-        gap=None,
-        notes=(*solution.notes, f"the solution holds values beyond the range of {program.dtype}: left as it was; prune it in float32"),
-    )
+    if all(bool(torch.isfinite(part).all()) for part in parts) and math.isfinite(solution.distance):
+        if solution.gap is None or math.isfinite(solution.gap):
+            return solution
+        return replace(solution, gap=None, notes=(*solution.notes, "no duality gap is known of its weights"))
+    note = f"the solution holds values beyond the range of {program.dtype}: left as it was; prune it in float32"
+    return _as_it_was(program, Status.SKIPPED, note, solution)

@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from .capture import Replica
-from .solution import Solution
 from .tasks import LayerTask
 
 Capture = Callable[[str, Replica | None], LayerTask]
-Solve = Callable[[str, LayerTask], Solution]
-Write = Callable[[str, Solution], None]
+Settle = Callable[[str, LayerTask], None]
 
 
-def parallel(names: Sequence[str], capture: Capture, solve: Solve, write: Write) -> None:
+def parallel(names: Sequence[str], capture: Capture, settle: Settle) -> None:
     """Every layer sees the reference network's inputs; the order of the layers does not matter."""
     for name in names:
-        write(name, solve(name, capture(name, None)))
+        settle(name, capture(name, None))
 
 
-def cascade(names: Sequence[str], pruned: Replica, capture: Capture, solve: Solve, write: Write) -> None:
+def cascade(names: Sequence[str], pruned: Replica, capture: Capture, settle: Settle) -> None:
     """Every layer sees the inputs of the network as pruned so far; its target is still the reference network's output.
 
-    ``write`` must change ``pruned``, so that the next layer sees it.
+    ``settle`` must change ``pruned``, so that the next layer sees it.
     """
     for name in names:
-        write(name, solve(name, capture(name, pruned)))
+        settle(name, capture(name, pruned))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from typing import cast
 
 from torch import nn
 
@@ -91,6 +92,27 @@ def _refuse_without_values(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if without_values(tensor):
             raise InvalidInput(f"{name} holds no values yet (a lazy module, or the meta device); run or load the model before pruning it")
+
+
+def refuse_shared_norms(model: nn.Module, holders: Mapping[str, str]) -> None:
+    """Refuses layers whose offset goes into the bias of a batch-norm (``holders``: its name by layer's) that something else reads too.
+
+    Raises:
+        InvalidInput: names the layer and all owners of the parameter.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for label, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(parameter.data_ptr() or id(parameter), []).append(f"{name}.{label}" if name else label)
+    for layer, norm in holders.items():
+        bias = cast(nn.Parameter, model.get_submodule(norm).bias)
+        shared = owners[bias.data_ptr() or id(bias)]
+        if len(shared) > 1:
+            raise InvalidInput(
+                f"layer {layer!r} has no bias, so its offset goes into {norm}.bias, but {', '.join(map(repr, shared))} are one parameter: "
+                f"pruning {layer!r} would change the others too; give each its own copy, or pass ignore=[{layer!r}]"
+            )
 
 
 def _refuse_ties(model: nn.Module, chosen: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ class Solution:
     ``distance`` and ``gap`` are recomputed in float64 from the weights as returned (the gap of the published program is the solver's own:
     its constraints have multipliers that no residual shows). ``violation`` is the most by which a constraint of the published
     program is missed; ``None`` for programs without constraints. ``inflation`` is the factor on the original weights' distance that gave
-    the tolerance, where gamma did.
+    the tolerance, where gamma did. ``kept``: these are the original weights and bias, which the layer is to keep to the last bit.
     """
 
     weights: Tensor
@@ -37,3 +37,4 @@ class Solution:
     violation: float | None = None
     inflation: float | None = None
     notes: tuple[str, ...] = ()
+    kept: bool = False

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .methods.targets import kept_weights
+from .methods.targets import kept_weights, shares
+from .preimage import nearest_point
 from .program import LayerProgram, Moments, dead_inputs, from_boxes
 from .solution import Solution
 from .status import Status
@@ -20,8 +21,13 @@ _WORST = (Status.INFEASIBLE, Status.ITERATION_LIMIT, Status.ORIGINAL_KEPT, Statu
 
 @dataclass(frozen=True)
 class LayerTask:
-    """The programs of a layer; ``columns`` says which outputs each of them speaks of. Outputs in no program have a batch-norm factor
-    of zero: nothing that the layer does reaches them, so their weights become zero."""
+    """The programs of a layer; ``columns`` says which outputs each of them speaks of.
+
+    Outputs in no program have a batch-norm factor of zero: nothing that the layer does reaches them, so their weights become zero. What
+    they are off the reference output is a fixed amount of a program (``LayerProgram.unreachable``), and their reference output is part of
+    its norm: of the program of their group, or the first one where a group has no other outputs. A layer that has no others at all has one
+    program without outputs.
+    """
 
     programs: tuple[LayerProgram, ...]
     columns: tuple[Tensor, ...]
@@ -47,18 +53,15 @@ class LayerTask:
         if kind != "sparsity" or len(self.programs) == 1:
             return [target] * len(self.programs)
         sizes = [p.weights.numel() for p in self.programs]
-        total = sum(sizes)
-        kept = kept_weights(total, target)
-        before = 0
-        shares = []
-        for size in sizes:
-            count = round(kept * (before + size) / total) - round(kept * before / total)
-            shares.append(1 - count / size)
-            before += size
-        return shares
+        return [1 - count / size for count, size in zip(shares(kept_weights(sum(sizes), target), sizes), sizes, strict=True)]
 
     def solve(self, solve: Callable[[LayerProgram, float], Solution], kind: str, target: float) -> Solution:
         """Solves all programs and puts their solutions together."""
+        if not self.programs[0].weights.numel() and kind != "epsilon":  # nothing to choose, and no tolerance to meet
+            (program,) = self.programs
+            return self._merged(
+                [Solution(*program.stored(program.weights, program.bias), Status.CONVERGED, program.original_distance(), 0)]
+            )
         return self._merged([solve(p, own) for p, own in zip(self.programs, self.targets(kind, target), strict=True)])
 
     def _merged(self, parts: Sequence[Solution]) -> Solution:
@@ -70,8 +73,6 @@ class LayerTask:
             W[:, columns] = part.weights.double()
             if b is not None and part.bias is not None:
                 b[columns] = part.bias.double()
-        if not parts:
-            return Solution(W, b, Status.CONVERGED, 0.0, 0)
         first = parts[0]
         gaps = [part.gap for part in parts if part.gap is not None]
         violations = [part.violation for part in parts if part.violation is not None]
@@ -86,6 +87,7 @@ class LayerTask:
             tolerance_used=_together([part.tolerance_used for part in parts]),
             gap=max(gaps) if len(gaps) == len(parts) and len(parts) == 1 else None,  # gaps of parts are no gap of the whole
             violation=max(violations) if violations else None,
+            kept=all(part.kept for part in parts),
             notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
         )
 
@@ -107,7 +109,11 @@ class TaskBuilder:
         live = torch.ones(M, dtype=torch.bool, device=device) if unit.fold is None else unit.fold.live
         every = torch.arange(M, device=device).reshape(G, -1)
         groups = [(g, every[g][live[every[g]]]) for g in range(G)]
-        self.groups = [(g, columns) for g, columns in groups if len(columns)]
+        self.groups = [(g, columns) for g, columns in groups if len(columns)] or groups[:1]
+        spoken = {g: position for position, (g, _) in enumerate(self.groups)}
+        self.cut = (~live).nonzero()[:, 0]
+        self.owner = torch.tensor([spoken.get(g, 0) for g in (self.cut // (M // G)).tolist()], dtype=torch.long, device=device)
+        self.cut_square, self.cut_reference = (torch.zeros(len(self.cut), dtype=torch.float64, device=device) for _ in range(2))
         self.N = N
         self.filled = 0
         self.moments = self.kept = None
@@ -119,6 +125,10 @@ class TaskBuilder:
 
     def add(self, inputs: Tensor, lo: Tensor, hi: Tensor, Y: Tensor) -> None:
         """Adds rows: inputs (p, G N), boxes less what is added to the layer, and reference outputs (p, M)."""
+        if len(self.cut):
+            Z = lo.new_zeros(len(lo), len(self.cut), dtype=torch.float64) + (0.0 if self.b is None else self.b[self.cut])
+            self.cut_square += (Z - nearest_point(Z, lo[:, self.cut].double(), hi[:, self.cut].double())).square().sum(0)
+            self.cut_reference += Y[:, self.cut].double().square().sum(0)
         if self.kept is not None:
             end = self.filled + len(inputs)
             for kept, new in zip(self.kept, (inputs, lo, hi, Y), strict=True):
@@ -152,5 +162,14 @@ class TaskBuilder:
                     dtype=self.dtype,
                     fold=fold,
                 )
-            programs.append(replace(program, name=self.name, importance=None if importance is None else importance[columns]))
+            of_program = self.owner == position
+            programs.append(
+                replace(
+                    program,
+                    name=self.name,
+                    importance=None if importance is None else importance[columns],
+                    reference_norm=math.hypot(program.reference_norm, math.sqrt(float(self.cut_reference[of_program].sum()))),
+                    unreachable=program.unreachable + float(self.cut_square[of_program].sum()),
+                )
+            )
         return LayerTask(tuple(programs), tuple(columns for _, columns in self.groups), self.W, self.b, self.filled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -17,11 +17,20 @@ from .reading import Reading
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer: its input, its output, and the sum with another branch where its reading names one."""
+    """One call of a layer: its input, its output, and what is added to that where its reading names a branch.
+
+    In a network that does not run in float64, ``x`` is widened, ``y`` is the float64 product of ``x`` and the stored weights, and ``seen``
+    is what the network itself put out; elsewhere ``y`` is just that, and ``seen`` is ``None``.
+    """
 
     x: Tensor
     y: Tensor
-    total: Tensor | None = None
+    branch: Tensor | None = None
+    seen: Tensor | None = None
+
+    def native(self) -> Call:
+        """The call with the output that the network itself goes on with."""
+        return self if self.seen is None else replace(self, y=self.seen.double(), seen=None)
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ class Unit:
 
     def branch(self, call: Call) -> Tensor | None:
         """What was added to the layer's part before the activation, as rows; ``None`` for nothing."""
-        return None if call.total is None else self.view.outputs(call.total).double() - self.own(call.y)
+        return None if call.branch is None else self.view.outputs(call.branch.double().expand_as(call.y))
 
     def shift(self, call: Call) -> Tensor | None:
         """All that the program's own weights and bias do not give: the branch, and an offset that nothing can change."""
@@ -75,12 +84,14 @@ class Unit:
 
     def full(self, call: Call) -> Tensor:
         """The whole pre-activation as a map of the form of the layer's output."""
-        if call.total is not None:
-            return call.total.double()
         y = call.y.double()
-        if self.fold is None:
-            return y
-        return y * _along(self.fold.scale, y) + _along(self.fold.beta - self.fold.scale * self.fold.mean, y)
+        if self.fold is not None:
+            y = y * _along(self.fold.scale, y) + _along(self.fold.beta - self.fold.scale * self.fold.mean, y)
+        return y if call.branch is None else y + call.branch.double()
+
+    def rounding(self, call: Call) -> float:
+        """The squared distance between the layer's part as the network computed it and in float64; 0 in networks that run in float64."""
+        return 0.0 if call.seen is None else float((self.own(call.seen) - self.own(call.y)).square().sum())
 
     def output(self, full: Tensor) -> Tensor:
         """What the activation, and the pooling with it, make of a whole pre-activation."""
@@ -103,6 +114,16 @@ class Unit:
                 Y = torch.lerp(activation.apply(self.full(own)), Y, correction)
             lo, hi = activation.box(Y)
         return self.view.outputs(lo), self.view.outputs(hi), self.view.outputs(Y)
+
+    def restore(self, original: Unit) -> None:
+        """Gives back what :meth:`write` can have changed, to the last bit."""
+        pairs = [(self.view.weight, original.view.weight), (self.view.module.bias, original.view.module.bias)]
+        if self.norm is not None and original.norm is not None:
+            pairs.append((self.norm.bias, original.norm.bias))
+        with torch.no_grad():
+            for own, value in pairs:
+                if own is not None:  # a bias that the layer was given was zero
+                    cast(Tensor, own).copy_(torch.zeros_like(cast(Tensor, own)) if value is None else cast(Tensor, value))
 
     def write(self, W: Tensor, b: Tensor | None) -> None:
         """Writes folded weights (N, M) and offset (M,) back: into the layer, and into its batch-norm where that holds the offset."""

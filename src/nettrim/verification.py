@@ -21,7 +21,6 @@ from . import calibration as data
 from .calibration import Calibration
 from .capture import Replica, Scan, Selection, paired, selection_for
 from .certificate import (
-    ROUNDING,
     Certificate,
     LayerCertificate,
     LayerTally,
@@ -38,7 +37,7 @@ from .preimage import Activation
 from .progress import Advance, counted, silent
 from .units import Call, Unit
 
-__all__ = ["Claim", "Setup", "certify", "certify_heldout", "check_heldout", "rounding_of", "versions"]
+__all__ = ["Claim", "Setup", "certify", "certify_heldout", "check_heldout", "versions"]
 
 
 @dataclass(frozen=True)
@@ -75,11 +74,6 @@ class Setup:
     trained: tuple[str, ...] = ()
 
 
-def rounding_of(reference: Replica) -> float:
-    """Relative allowance for rounding: of summation in float64, or of the passes where the model does not run in float64."""
-    return max(ROUNDING, 32 * reference.precision)
-
-
 def certify(
     reference: Replica,
     pruned: Replica,
@@ -101,6 +95,7 @@ def certify(
             claim.gap_kind,
             claim.gap_level,
             after[claim.name].view.groups,
+            None if (fold := after[claim.name].fold) is None else fold.live,
         )
         for claim in claims
     }
@@ -124,18 +119,18 @@ def certify(
         for name, left in waiting.items():
             list(paired(name, left, []))
         output.add(out_before, out_after)
-    bounds = _Bounds(claims, tallies, graph, pruned, reference, setup.scheme, rounding_of(reference))
+    bounds = _Bounds(claims, tallies, graph, pruned, reference, setup.scheme, found.calls, math.sqrt(output.moved))
     layers = tuple(
         tallies[claim.name].certificate(
             claim.name,
             claim.tolerance,
-            *bounds.of_layer(claim.name, found.calls[claim.name]),
+            *bounds.of_layer(claim.name),
             claim.source,
-            rounding_of(reference),
             bounds.theorem.get(claim.name),
             claim.budget,
             claim.pattern,
             after[claim.name].view.weights(),
+            bounds.rounding[claim.name],
         )
         for claim in claims
     )
@@ -151,7 +146,7 @@ def certify(
         seed=setup.seed,
         versions=versions(),
         layers=layers,
-        network=_network(bounds, output, layers, setup.scheme, rounding_of(reference)),
+        network=_network(bounds, output, layers, setup.scheme),
         trained=setup.trained,
     )
 
@@ -169,14 +164,28 @@ def _tally(
         Z, original = after.own(pruned.y), before.respond(x)
     if branch is not None:
         lo, hi = lo - branch, hi - branch
-    moved = before.output(after.full(pruned)) - before.output(before.full(reference))
+    moved = before.output(after.full(pruned.native())) - before.output(before.full(reference.native()))
     rows = selection.within(start, len(Y))
-    tally.add((lo, hi), Y, Z, original, float(moved.square().sum()), rows, lambda which: before.view.rows(x, which))
+    tally.add(
+        (lo, hi),
+        Y,
+        Z,
+        original,
+        float(moved.square().sum()),
+        rows,
+        lambda which: before.view.rows(x, which),
+        (before.rounding(reference), after.rounding(pruned)),
+        float((pruned.x.double() - reference.x.double()).square().sum()),
+    )
     return len(Y)
 
 
 class _Bounds:
-    """Network bounds along the chain (docs/theory.md, section 4), on all calibration rows."""
+    """Network bounds along the chain (docs/theory.md, section 4), on all calibration rows.
+
+    Where the networks do not run in float64, the bounds contain what rounding was measured to add: inside each layer, and between layers as
+    far as inputs differ by more than what comes before them explains (4.6). Bounds from tolerances alone are then not stated.
+    """
 
     def __init__(
         self,
@@ -186,12 +195,17 @@ class _Bounds:
         pruned: Replica,
         original: Replica,
         scheme: str,
-        rounding: float,
+        calls: Mapping[str, int],
+        achieved: float,
     ) -> None:
         # in the cascade nothing accumulates: where paths branch, the last layer's own distance says all about what follows it
         self.partial = scheme == "cascade" and bool(graph.chain.reason) and not graph.tail.reason
         chain = graph.tail if self.partial else graph.chain
-        self.chain, self.scheme = chain, scheme
+        self.chain, self.scheme, self.calls, self.achieved = chain, scheme, calls, achieved
+        self.measured = pruned.dtype is None
+        self.tallies = tallies
+        self.rounding = {name: tally.rounding for name, tally in tallies.items()}
+        self.output_rounding = 0.0
         self.distances = {name: math.sqrt(tally.distance_all) for name, tally in tallies.items()}
         everything = all(tally.rows == tally.rows_total for tally in tallies.values())
         # what is proven from tolerances alone needs them to be met, on all rows
@@ -200,7 +214,7 @@ class _Bounds:
             for claim in claims
             if claim.tolerance is not None
             and everything
-            and within(self.distances[claim.name], claim.tolerance, math.sqrt(tallies[claim.name].reference_all), rounding)
+            and within(self.distances[claim.name], claim.tolerance, math.sqrt(tallies[claim.name].reference_all))
         }
         self.gammas = {
             name: tolerance / math.sqrt(tallies[name].original_distance)
@@ -221,46 +235,60 @@ class _Bounds:
 
     def _walk(self) -> None:
         value, from_tolerances, link = 0.0, 0.0, 0.0
-        complete = True
+        seen = 0.0  # what value bounds, as far as the last pruned layer's own discrepancy is known
+        complete = not self.measured
         for step in self.chain.steps:
             if step.layer is None:
-                value, from_tolerances, link = (step.lipschitz * x for x in (value, from_tolerances, link))
+                value, from_tolerances, link, seen = (step.lipschitz * x for x in (value, from_tolerances, link, seen))
                 continue
             name, pruned = step.layer, step.layer in self.distances
+            repeated = self.calls.get(name, 1) > 1  # its numbers hold all calls, the chain only the first
             if pruned:
                 self.last = name
-            own, stated = self.distances.get(name, 0.0), self.tolerances.get(name)
+            own, stated = self.distances.get(name, 0.0) + self.rounding.get(name, 0.0), self.tolerances.get(name)
             complete = complete and (stated is not None or not pruned)
             stated = stated or 0.0
             if self.scheme == "cascade" and pruned:
-                link = stated if link == 0.0 else self.gammas.get(name, math.inf) * self.entries[name] * link
+                link = stated if link == 0.0 or repeated else self.gammas.get(name, math.inf) * self.entries[name] * link
                 value, from_tolerances = own, stated
             else:
-                spectral = _operator_norm(*self.layers[name]) if value or from_tolerances else 0.0
-                value = own + spectral * value
+                between = self._excess(math.sqrt(self.tallies[name].entered), seen) if pruned else 0.0
+                spectral = _operator_norm(*self.layers[name]) if value or between or from_tolerances else 0.0
+                value = own + spectral * (value + between)
+                seen *= spectral
                 from_tolerances = stated + spectral * from_tolerances
                 link = stated + self.entries[name] * link
-            self.after[name] = value
-            if pruned and complete and math.isfinite(link) and not self.partial:
-                self.theorem[name] = link
+                if between and math.isfinite(spectral):
+                    self.rounding[name] += spectral * between
+            if pruned:
+                seen = 0.0 if repeated else math.sqrt(self.tallies[name].discrepancy)
+            if not repeated:
+                self.after[name] = value
+                if pruned and complete and math.isfinite(link) and not self.partial:
+                    self.theorem[name] = link
         self.reason = self.chain.reason
         if not self.reason and not math.isfinite(value):
             self.reason = "no bound is known for the operator norm of a convolution with its padding mode"
         self.after = {name: value for name, value in self.after.items() if math.isfinite(value)}
         if not self.reason:
-            self.output = value
+            self.output_rounding = self._excess(self.achieved, seen)
+            self.output = value + self.output_rounding
             if complete and self.tolerances:
                 self.output_from_tolerances = from_tolerances
                 self.output_link_normalised = link if math.isfinite(link) and not self.partial else None
 
-    def of_layer(self, name: str, calls: int) -> tuple[float | None, str]:
+    def _excess(self, found: float, explained: float) -> float:
+        """What of a discrepancy rounding has added since the last layer whose own discrepancy is known; in float64 nothing is taken so."""
+        return max(0.0, found - explained) if self.measured else 0.0
+
+    def of_layer(self, name: str) -> tuple[float | None, str]:
         """The proven bound of a layer's discrepancy in the network, or ``None`` and the reason."""
         if self.scheme == "cascade":
-            return self.distances[name], ""
+            return self.distances[name] + self.rounding[name], ""
         if name in self.after:
             return self.after[name], ""
-        if calls > 1:
-            return None, f"it is called {calls} times in a pass"
+        if self.calls[name] > 1:
+            return None, f"it is called {self.calls[name]} times in a pass"
         return None, self.reason
 
 
@@ -313,7 +341,7 @@ class _OutputTally:
         self.not_compared |= dict.fromkeys(first.not_compared)
 
 
-def _network(bounds: _Bounds, output: _OutputTally, layers: Sequence[LayerCertificate], scheme: str, rounding: float) -> NetworkCertificate:
+def _network(bounds: _Bounds, output: _OutputTally, layers: Sequence[LayerCertificate], scheme: str) -> NetworkCertificate:
     achieved, reference = math.sqrt(output.moved), math.sqrt(output.reference)
     bound = bounds.output
     return NetworkCertificate(
@@ -327,11 +355,12 @@ def _network(bounds: _Bounds, output: _OutputTally, layers: Sequence[LayerCertif
         reason=bounds.reason,
         achieved=achieved,
         agreement=output.same / output.predictions if output.predictions else None,
-        sound=within(achieved, bound, reference, rounding),
+        sound=within(achieved, bound, reference),
         classes="; ".join(output.classes),
         integer_changes=output.integer_changes if output.integers else None,
         changed=tuple(output.changed),
         not_compared=tuple(output.not_compared),
+        rounding=bounds.output_rounding,
     )
 
 

@@ -199,7 +199,26 @@ class NetTrim:
     def solve(self, program: LayerProgram, target: float, watch: Watch | None = None) -> Solution:
         """Solves one layer's program for ``target``, a number of the kind that was given."""
         factor = self._inflated(program)
+        if not program.weights.shape[1]:
+            return replace(self._without_outputs(program, target, factor), inflation=factor)
         return replace(self._solve(program, target, factor, watch), inflation=factor)
+
+    def _without_outputs(self, program: LayerProgram, epsilon: float, factor: float | None) -> Solution:
+        """Of a layer whose outputs batch-norm multiplies by zero, all of them: no weights change what it is off the reference output."""
+        distance = program.original_distance()
+        tolerance = epsilon * program.reference_norm if factor is None else factor * distance
+        met = distance <= tolerance + 1e-12 * program.reference_norm
+        note = f"{_asked(epsilon, factor)} is out of reach: batch-norm multiplies all outputs by zero, so no weights bring them nearer"
+        return Solution(
+            *program.stored(program.weights, program.bias),
+            Status.CONVERGED if met else Status.INFEASIBLE,
+            distance,
+            0,
+            tolerance=tolerance,
+            tolerance_used=max(tolerance, distance),
+            gap=0.0 if self.chosen_norm == "l1" else None,
+            notes=() if met else (note,),
+        )
 
     def _solve(self, program: LayerProgram, target: float, factor: float | None, watch: Watch | None) -> Solution:
         if self.program == "halfspace":
@@ -249,8 +268,7 @@ class NetTrim:
             best = self._best_reachable(program)
             if best.distance > tolerance:
                 used = min(best.distance * ABOVE_BEST, original)
-                share = best.distance / program.reference_norm if program.reference_norm > 0 else math.inf
-                notes = (f"{_asked(epsilon, factor)} is out of reach: the best reachable distance is {share:.4g} of the reference norm",)
+                notes = (f"{_asked(epsilon, factor)} is out of reach: the best reachable distance is {_share(best, program)}",)
         none = l1.no_weights(p)
         if none.distance <= tolerance:  # also where the reference output is zero, and the tolerance with it
             gap = 0.0 if self.chosen_norm == "l1" else None
@@ -325,7 +343,8 @@ class NetTrim:
         W, b = program.stored(program.weights, program.bias)
         status = Status.ORIGINAL_KEPT
         note = ("the tolerance is below what the arithmetic can resolve",) if tolerance > 0 else ()
-        return Solution(W, b, status, distance, 0, tolerance=tolerance, tolerance_used=max(tolerance, distance), notes=note)
+        used = max(tolerance, distance)
+        return Solution(W, b, status, distance, 0, tolerance=tolerance, tolerance_used=used, notes=note, kept=True)
 
     def _penalised(self, p: StandardProgram, penalty: float, watch: Watch | None) -> Solution:
         program = p.source
@@ -333,7 +352,7 @@ class NetTrim:
             return replace(self._budget(p, program.weights.numel(), watch), penalty=0.0)
         if penalty == 0:  # nothing but the distance is left to minimise
             best = self._best_reachable(program)
-            own = Solution(*program.stored(program.weights, program.bias), Status.CONVERGED, program.original_distance(), 0)
+            own = Solution(*program.stored(program.weights, program.bias), Status.CONVERGED, program.original_distance(), 0, kept=True)
             return replace(own if own.distance <= best.distance else best, penalty=0.0)
         if self.chosen_norm == "l1":
             result = l1.penalised(p, penalty, gap=self.gap, max_iterations=self._l1_iterations(), watch=watch)
@@ -372,6 +391,12 @@ class NetTrim:
                 W, b = p.restore(U, c)
         status = Status.CONVERGED if converged else Status.ITERATION_LIMIT
         return Solution(W, b, status, program.distance(W, b), iterations)
+
+
+def _share(best: Solution, program: LayerProgram) -> str:
+    """A distance as a share of the reference output's norm, in words."""
+    norm = program.reference_norm
+    return f"{best.distance / norm:.4g} of the reference norm" if norm > 0 else f"{best.distance:.4g}, and the reference output is zero"
 
 
 def _asked(epsilon: float, factor: float | None) -> str:

@@ -73,12 +73,15 @@ def penalised(program: LayerProgram, penalty: float, moved: bool, settings: Sett
 
 def _least_norm(h: HalfspaceProgram, radius: float, settings: Settings) -> tuple[torch.Tensor, int, float, bool]:
     """Weights (N + 1, M), iterations, gap, and whether gap and feasibility were reached."""
+    goal = math.sqrt(max(0.0, radius**2 - h.program.unreachable))
+    if goal <= 1e-12 * h.program.reference_norm:
+        return h.program.weights, 0, math.inf, False
     standard = standardise(h.program, power=0.5)
     gap, max_iterations, watch = settings.gap, settings.max_iterations, settings.watch
     if standard.hard is None:  # only points: nothing is a constraint, and the residual itself certifies the gap
         linear = l1.within_tolerance(standard, radius, gap=gap, max_iterations=max_iterations, watch=watch)
         return linear.weights, linear.iterations, linear.gap, linear.converged
-    result = halfspace_l1.within_tolerance(standard, radius, gap=gap, max_iterations=max_iterations, slack=h.slack, watch=watch)
+    result = halfspace_l1.within_tolerance(standard, goal, gap=gap, max_iterations=max_iterations, slack=h.slack, watch=watch)
     return result.weights, result.iterations, result.gap, result.converged
 
 
@@ -108,4 +111,5 @@ def _solution(
         gap=gap,
         violation=halfspace_l1.violation(h.program, U),
         notes=notes,
+        kept=status is Status.ORIGINAL_KEPT,
     )

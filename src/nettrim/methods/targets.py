@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
+
+from torch import Tensor
 
 from ..patterns import Pattern
 from ..status import InvalidInput
@@ -68,6 +70,25 @@ def weights_kept(method: str, pattern: Pattern, sparsity: float | None, layer: s
     kept = kept_weights(N * M, sparsity)
     _check_room(method, pattern, layer, kept, N, M)
     return kept
+
+
+def shares(kept: int, sizes: Sequence[int]) -> list[int]:
+    """``kept`` weights shared out over parts of a layer by their sizes; the shares add up exactly."""
+    total, before = sum(sizes), 0
+    found = []
+    for size in sizes:
+        found.append(round(kept * (before + size) / total) - round(kept * before / total))
+        before += size
+    return found
+
+
+def takes_nothing(pattern: Pattern, kept: int, W: Tensor, groups: int) -> bool:
+    """Whether weights ``W`` (N, M) of a layer are within a budget of ``kept`` as they are, and in the pattern."""
+    if int((W != 0).sum()) > kept:
+        return False
+    parts = W.chunk(groups, dim=1)
+    counts = shares(kept, [part.numel() for part in parts]) if pattern.kind else []
+    return all(not bool(((part != 0) & ~pattern.mask(part, count)).any()) for part, count in zip(parts, counts, strict=False))
 
 
 def check_room(method: str, pattern: Pattern, sparsity: float, layer: str, N: int, M: int, groups: int) -> None:

@@ -273,12 +273,16 @@ def within_tolerance(
     none, value = solve(0)
     if value <= epsilon:
         return none
+    if not math.isfinite(value):  # the weights that are stored, or their response, left the range of their dtype
+        return None
     low, low_value = 0, value
     best: L0Result | None = None
     high, high_value = full + 1, 0.0
     k = max(1, full // 4)
     while high - low > max(1 if best is None else unit, int(precision * high)):
         result, value = solve(k)
+        if not math.isfinite(value):
+            return best
         if value <= epsilon:
             best, high, high_value = result, k, value
             if value > epsilon * (1 - precision):
