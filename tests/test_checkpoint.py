@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import nettrim
-from nettrim import Certificate, InvalidInput, NetTrim, PruneReport, PruneResult, checkpoint
+from nettrim import Certificate, InvalidInput, NetTrim, PruneReport, PruneResult, checkpoint, staging
+from nettrim.capture import hashes
 
+NUMBERS = (
+    ("reference_norm", "tolerance", "distance", "distance_all_rows", "discrepancy", "bound", "gap", "gap_level", "original_distance"),
+    ("reference_norm", "bound", "bound_from_tolerances", "bound_link_normalised", "achieved", "agreement"),
+    ("reference_norm", "distance", "tolerance", "original_distance", "gap", "seconds"),
+)
 FILES = ["certificate.json", "model.safetensors", "report.html", "report.json"]
 
 
@@ -157,9 +165,9 @@ def test_folder_that_cannot_be_written(result: PruneResult, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["interrupt", "disk full"])
-@pytest.mark.parametrize("step", ["weights", "json", "first move", "later move", "last move"])
+@pytest.mark.parametrize("step", ["weights", "json", "commit", "first move", "last move"])
 @pytest.mark.parametrize("earlier", [True, False])
-def test_interrupted_save_leaves_the_earlier_output_whole(
+def test_interrupted_save_leaves_one_result_whole(
     result: PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException, earlier: bool
 ) -> None:
     folder = tmp_path / "out"
@@ -168,8 +176,9 @@ def test_interrupted_save_leaves_the_earlier_output_whole(
     if earlier:
         result.save(folder)
     before = contents(folder)
+    new = run(1)
     real, moves = os.replace, [0]
-    stop = {"first move": 1, "later move": 4 if earlier else 2, "last move": 8 if earlier else 4}.get(step)
+    stop = {"commit": 1, "first move": 2, "last move": 5}.get(step)
 
     def replace(source: Any, target: Any) -> None:
         moves[0] += 1
@@ -185,13 +194,47 @@ def test_interrupted_save_leaves_the_earlier_output_whole(
     elif step == "json":
         monkeypatch.setattr(checkpoint, "_write_json", fail)
     else:
-        monkeypatch.setattr(checkpoint.os, "replace", replace)
+        monkeypatch.setattr(staging.os, "replace", replace)
     with pytest.raises((KeyboardInterrupt, InvalidInput)):
-        run(1).save(folder)
+        new.save(folder)
     monkeypatch.undo()
-    assert contents(folder) == before
-    run(1).save(folder)
+    staging.settle(folder)
+    if "move" in step:  # the commit was before
+        assert checkpoint.read_certificate(folder) == new.certificate and checkpoint.read_report(folder) == new.report
+        assert hashes(nettrim.load(folder, net(7))) == new.certificate.weights_hash
+        assert sorted(contents(folder)) == sorted([*FILES, "mine.txt"])
+    else:
+        assert contents(folder) == before
+    new.save(folder)
     assert sorted(contents(folder)) == sorted([*FILES, "mine.txt"])
+
+
+def test_numbers_that_json_does_not_hold_lose_no_work(result: PruneResult, tmp_path: Path) -> None:
+    layer = replace(result.certificate.layers[0], gap=float("inf"), gap_kind="epsilon")
+    certificate = replace(result.certificate, layers=(layer, *result.certificate.layers[1:]))
+    settings = {**result.report.settings, "odd": {1: torch.float32, "b": np.float32("nan"), "c": {Path("x")}}}
+    report = replace(result.report, settings=settings, seconds=float("nan"))
+    folder = replace(result, certificate=certificate, report=report).save(tmp_path / "out")
+    assert checkpoint.read_certificate(folder).layers[0].gap is None
+    written = json.loads((folder / "report.json").read_text())
+    assert written["seconds"] is None and written["settings"]["odd"] == {"1": "torch.float32", "b": None, "c": ["x"]}
+    assert "certificate.layers[0].gap was inf and is written as null" in written["notes"]
+    assert "gap was inf" in (folder / "report.html").read_text()
+    assert nettrim.load(folder, net(7)) is not None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e308, 1e-320])
+def test_no_number_keeps_a_result_from_being_saved(result: PruneResult, tmp_path: Path, value: float) -> None:
+    """Whatever a number of the certificate or the report became: the weights are what the work was for."""
+    layers = tuple(replace(layer, **dict.fromkeys(NUMBERS[0], value)) for layer in result.certificate.layers)
+    network = replace(result.certificate.network, **dict.fromkeys(NUMBERS[1], value))
+    reports = tuple(replace(layer, **dict.fromkeys(NUMBERS[2], value)) for layer in result.report.layers)
+    odd = replace(
+        result,
+        certificate=replace(result.certificate, layers=layers, network=network),
+        report=replace(result.report, layers=reports, seconds=value),
+    )
+    assert nettrim.load(odd.save(tmp_path / "out"), net(7)) is not None
 
 
 def test_state_that_is_not_a_tensor_is_refused(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_the_real_command_ends_with_2(workplace: Path) -> None:
 def test_interruption_leaves_earlier_output(workplace: Path, pruned: Path) -> None:
     before = {path.name: path.read_bytes() for path in pruned.iterdir()}
     command = [sys.executable, "-m", "nettrim", "prune", "mine:waiting", "--untrained", "--data", "mine:batches"]
-    command += ["--epsilon", "0.1", "--output", "out"]
+    command += ["--epsilon", "0.1", "--output", "out", "--force"]
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored by what runs in the background
     running = subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=heard)
     while not (workplace / "waiting").exists() and running.poll() is None:

@@ -436,7 +436,8 @@ def test_a_compiler_that_is_stated_and_missing(command: str, tmp_path: Path, mon
 
 @compiled
 def test_a_wrong_file_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "net.c").write_text("earlier")
+    earlier = "/* net: written by nettrim export. */"
+    (tmp_path / "net.c").write_text(earlier)
     right = export_c.source_of
 
     def wrong(plan: Plan, name: str) -> Any:
@@ -446,7 +447,7 @@ def test_a_wrong_file_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(export_c, "source_of", wrong)
     with pytest.raises(NetTrimError, match="differ"):
         nettrim.export(randomised(nn.Linear(4, 3)), images(2, 4), tmp_path / "net.c")
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("net.c", "earlier")]
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("net.c", earlier)]
 
 
 @compiled

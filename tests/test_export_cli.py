@@ -77,7 +77,7 @@ def test_c_compacted_first(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> 
         wanted = nettrim.load(workplace / "pruned", network())(images())
     for name in ("whole", "small"):
         assert torch.allclose(c_check.run(workplace, name, images()), wanted, atol=1e-5)
-    words = command(workplace, monkeypatch, "--weights", "pruned", "--output", "small.c", "--compact").stdout
+    words = command(workplace, monkeypatch, "--weights", "pruned", "--output", "small.c", "--compact", "--force").stdout
     assert "parameters" in words and "small.c:" in words and "of work memory" in words
 
 

@@ -147,7 +147,9 @@ def test_batches_none_of_whose_rows_are_used(last: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4, 3)).eval()
     batches = list(torch.split(torch.randn(64 + last, 1, 6, 6), 64)) + [torch.randn(1, 1, 6, 6) for _ in range(10)]
-    for place, method in enumerate((NetTrim(sparsity=0.5, max_iterations=10), NetTrim(epsilon=0.1, max_iterations=100), Magnitude(sparsity=0.5))):
+    for place, method in enumerate(
+        (NetTrim(sparsity=0.5, max_iterations=10), NetTrim(epsilon=0.1, max_iterations=100), Magnitude(sparsity=0.5))
+    ):
         for scheme in ("cascade", "parallel"):
             folder = tmp_path / f"{place}{scheme}"
             result = prune(net, batches, method, scheme=scheme, max_samples=40, progress=False)  # type: ignore[arg-type]

@@ -1,24 +1,23 @@
-"""Saving and loading results: safetensors for weights, JSON for the rest. All files of a folder are replaced together or not at all."""
+"""Saving and loading results: safetensors for weights, JSON for the rest. All files of a folder appear together or not at all."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as serialised
 from torch import Tensor, nn
 
-from . import packing
+from . import foreign, packing, staging
 from .certificate import Certificate
 from .layers import add_bias, can_take_bias, without_values
+from .records import plain, read_json
 from .report import PruneReport
 from .status import InvalidInput
 from .wrappers import bare_modules, unwrapped, without_prefix
@@ -30,22 +29,36 @@ MODEL, REPORT, CERTIFICATE, PAGE = "model.safetensors", "report.json", "certific
 PACKING = "nettrim_packing"  # the key of a weights file's metadata that holds the header of packed tensors (docs/files.md)
 
 
-def check_writable(folder: str | Path) -> Path:
-    """Refuses an output folder that cannot be written to, before any work is done; creates it when it is missing.
+RESULT = (MODEL, REPORT, CERTIFICATE, PAGE)
+AGAIN = "give a folder that result.save wrote, or save the result again"
+
+
+def check_output(folder: str | Path, *, force: bool = False, inputs: Iterable[str | Path | None] = (), kind: str = "result") -> Path:
+    """Refuses an output folder for a result before any work is done; creates it when it is missing.
+
+    Args:
+        folder: where the result is to be saved.
+        force: whether an earlier result there is to be replaced; inputs and files that nettrim did not write never are.
+        inputs: files and saved folders that are read.
+        kind: who saves it: ``"result"``, or ``"demo"``, which renews its own.
 
     Raises:
-        InvalidInput: the folder is a file, or it or its parent cannot be written to.
+        InvalidInput: it cannot be written to, or holds what must stay.
     """
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise InvalidInput(
-            f"output folder {path}: it must be a folder that can be written to ({error.strerror or error}); choose another"
-        ) from error
+    path = staging.check_writable(folder)
+    staging.settle(path)
+    staging.check([path / name for name in RESULT], kind, force=force, inputs=files_of(inputs))
     return path
+
+
+def files_of(inputs: Iterable[str | Path | None]) -> list[Path]:
+    """The files that inputs name: of a folder those of its result; of ``file.py:factory`` that file."""
+    found: list[Path] = []
+    for given in inputs:
+        if given is not None:
+            path = Path(given) if Path(given).exists() else Path(str(given).rpartition(":")[0] or str(given))
+            found += [path / name for name in (MODEL, REPORT, CERTIFICATE)] if path.is_dir() else [path]
+    return found
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -65,6 +78,12 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
             raise InvalidInput(f"state_dict entry {key!r} is a {value.layout} tensor; safetensors holds dense ones only: use .to_dense()")
         state[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     return state
+
+
+def check_state(model: nn.Module) -> None:
+    """Refuses a model whose state a safetensors file cannot hold, before any work is done. Raises InvalidInput."""
+    empty = {key: torch.empty(0, dtype=value.dtype) for key, value in state_tensors(model).items()}
+    _refuse_unknown(empty, lambda: serialised(empty))
 
 
 @dataclass(frozen=True)
@@ -98,7 +117,7 @@ def weights_size(file: str | Path) -> WeightsSize:
     Raises:
         InvalidInput: the file is missing or damaged.
     """
-    path = Path(file)
+    path = _there(Path(file))
     metadata, names = _header(path)
     stored = path.stat().st_size
     with path.open("rb") as opened:
@@ -113,88 +132,77 @@ def weights_size(file: str | Path) -> WeightsSize:
     return WeightsSize(data + saved, stored, len(names), len(entries))
 
 
-def save_weights(model: nn.Module, file: str | Path, *, compressed: bool = False) -> Path:
-    """Writes the state dict of any model to a safetensors file, which `load` reads; returns its path. An earlier file is replaced whole.
+def save_weights(model: nn.Module, file: str | Path, *, compressed: bool = False, force: bool = True) -> Path:
+    """Writes the state dict of any model to a safetensors file, which `load` reads; returns its path.
 
     Args:
         model: any module; for a `PruneResult` use its ``save``, which writes report and certificate too.
         file: must end in ``.safetensors``; its folder is created when missing.
         compressed: store tensors with many zeros as values and positions (docs/files.md). They are restored to the last bit.
+        force: an earlier file of `save_weights` is replaced whole, and refused with ``False``; other files are never replaced.
 
     Raises:
-        InvalidInput: another name, a folder that cannot be written to, or state that is not a tensor.
+        InvalidInput: another name, a file that must stay, a folder that cannot be written to, or state that is not a tensor.
     """
     path = Path(file)
     if path.suffix != ".safetensors" or path.is_dir():
         raise InvalidInput(f"weights file {path}: it must be a file whose name ends in .safetensors; choose another name")
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"save_weights: model must be an nn.Module, found {type(model).__name__}; a PruneResult has a save of its own")
-    folder = check_writable(path.parent)
     state = state_tensors(model)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    try:
-        _write_weights(state, staging / MODEL, {}, compressed)
-        os.replace(staging / MODEL, path)
-    except (OSError, SafetensorError) as error:
-        raise InvalidInput(f"weights file {path}: it could not be written ({error}); an earlier file is as it was") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with staging.writing(path.parent, [path.name], "weights", force=force) as hidden:
+        _write_weights(state, hidden / path.name, staging.mark("weights"), compressed)
     return path
 
 
 def _write_weights(state: Mapping[str, Tensor], file: Path, more: Mapping[str, str], compressed: bool) -> None:
-    metadata = {"format": "pt", "producer": "nettrim", **more}
+    metadata = {"format": "pt", **more}
     stored = dict(state)
     if compressed:
         stored, metadata[PACKING] = packing.pack(state)
+    _refuse_unknown(stored, lambda: save_file(stored, file, metadata=metadata))
+
+
+def _refuse_unknown(stored: Mapping[str, Tensor], write: Callable[[], object]) -> None:
+    """Writes, and raises InvalidInput for dtypes that safetensors does not know."""
     try:
-        save_file(stored, file, metadata=metadata)
-    except KeyError as error:  # what safetensors says of dtypes that it does not know
+        write()
+    except KeyError as error:
         known = ", ".join(key for key, value in stored.items() if value.dtype in error.args) or error
         raise InvalidInput(f"weights: safetensors does not hold {error} ({known}); convert it first, or use torch.save") from error
 
 
-def save(result: PruneResult, folder: str | Path, comparison: Any = (), *, compressed: bool = False) -> Path:
-    """Writes model.safetensors, report.json, certificate.json and report.html into ``folder``; returns it."""
+def save(
+    result: PruneResult,
+    folder: str | Path,
+    comparison: Any = (),
+    *,
+    compressed: bool = False,
+    force: bool = False,
+    inputs: Iterable[str | Path | None] = (),
+    kind: Literal["result", "demo"] = "result",
+) -> Path:
+    """Writes model.safetensors, report.json, certificate.json and report.html into ``folder``; returns it. See `check_output`.
+
+    Raises:
+        InvalidInput: what `check_output` refuses, state that is no tensor, or a disk that does not take it.
+    """
     from .render import report_html  # drawing is needed only here
 
-    path = check_writable(folder)
-    page = report_html(result.report, result.certificate, result.masks(), comparison=comparison)
+    path = check_output(folder, force=force, inputs=inputs, kind=kind)
+    certificate, said = plain(result.certificate.to_dict(), "certificate")
+    report, more = plain(result.report.to_dict(), "report")
+    shown = replace(result.report, notes=(*result.report.notes, *said, *more), settings=report["settings"])
+    report["notes"] = list(shown.notes)
+    page = report_html(shown, result.certificate, result.masks(), comparison=comparison)
     state = state_tensors(result.model)
-    # written beside the final place, then moved: an interruption leaves an earlier result whole
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=path))
-    try:
-        added = json.dumps(result.report.settings.get("added_biases", []))
-        _write_weights(state, staging / MODEL, {"added_biases": added}, compressed)
-        _write_json(staging / REPORT, result.report.to_dict())
-        _write_json(staging / CERTIFICATE, result.certificate.to_dict())
-        (staging / PAGE).write_text(page, encoding="utf-8")
-        _replace_all(staging, path, (MODEL, REPORT, CERTIFICATE, PAGE))
-    except (OSError, SafetensorError) as error:
-        raise InvalidInput(f"output folder {path}: the result could not be written ({error}); earlier files are as they were") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    added = {"added_biases": json.dumps(list(map(str, result.report.settings.get("added_biases", []))))}
+    with staging.writing(path, RESULT, kind, force=force, inputs=files_of(inputs)) as hidden:
+        _write_weights(state, hidden / MODEL, staging.mark(kind) | added, compressed)
+        _write_json(hidden / REPORT, staging.mark(kind) | report)
+        _write_json(hidden / CERTIFICATE, staging.mark(kind) | certificate)
+        (hidden / PAGE).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     return path
-
-
-def _replace_all(staging: Path, path: Path, names: Sequence[str]) -> None:
-    """Moves the files into ``path``; when that is interrupted, those that were there before are put back."""
-    earlier = staging / "earlier"
-    earlier.mkdir()
-    done: list[str] = []
-    try:
-        for name in names:
-            done.append(name)
-            if (path / name).exists():
-                os.replace(path / name, earlier / name)
-            os.replace(staging / name, path / name)
-    except BaseException:
-        for name in done:
-            if (earlier / name).exists():
-                os.replace(earlier / name, path / name)
-            elif not (staging / name).exists():  # it was moved, and nothing stood there before
-                (path / name).unlink(missing_ok=True)
-        raise
 
 
 def load(folder: str | Path, into: nn.Module) -> nn.Module:
@@ -207,7 +215,7 @@ def load(folder: str | Path, into: nn.Module) -> nn.Module:
         InvalidInput: the file is missing or damaged, or names, shapes or dtypes do not fit; nothing is written in that case.
     """
     path = Path(folder)
-    file = path / MODEL if path.is_dir() else path
+    file = staging.find(path, MODEL) if path.is_dir() else path
     own = unwrapped(into, "load: into").state_dict()
     state, _ = without_prefix(read_weights(file), own)
     for key, value in state.items():
@@ -235,7 +243,7 @@ def _added_biases(path: Path) -> list[str]:
         return []
     try:
         names = json.loads(_header(path)[0].get("added_biases", "[]"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"weights file {path}: its header cannot be read ({error})") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InvalidInput(f"weights file {path}: added_biases in its header must be a list of names, found {names!r}")
@@ -244,8 +252,7 @@ def _added_biases(path: Path) -> list[str]:
 
 def _header(path: Path) -> tuple[dict[str, str], list[str]]:
     """Metadata of a safetensors file, and the names under which its tensors are stored."""
-    if not path.is_file():
-        raise InvalidInput(f"weights file {path}: there is no such file")
+    path = _there(path)
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, list(file.keys())
@@ -301,21 +308,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         InvalidInput: the file is missing, damaged, of a later version, or holds something else; it names the tensor where one is wrong.
     """
-    if not path.is_file():
-        raise InvalidInput(f"weights file {path}: there is no such file")
+    path = _there(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise InvalidInput(f"weights file {path}: it cannot be read ({error})") from error
-    except Exception as error:  # torch.load raises pickle errors of several kinds for what is not a plain state dict
-        raise InvalidInput(
-            f"weights file {path}: it is not a plain state dict ({type(error).__name__}); save model.state_dict()"
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InvalidInput(f"weights file {path}: it must hold a state dict of tensors; save model.state_dict()")
-    return dict(state)
+    origin = f"weights file {path}"
+    return foreign.dense_state(foreign.unpickled(path, origin, "a plain state dict (save model.state_dict())"), origin)
+
+
+def _there(path: Path) -> Path:
+    """The file, found where an interrupted save of its folder left it. Raises InvalidInput where there is none."""
+    found = staging.find(path.parent, path.name)
+    if not found.is_file():
+        raise InvalidInput(f"weights file {path}: there is no such file")
+    return found
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -337,7 +342,7 @@ def read_report(folder: str | Path) -> PruneReport:
     Raises:
         InvalidInput: there is none, or it is damaged.
     """
-    return _parsed(Path(folder) / REPORT, PruneReport.from_dict)
+    return read_json(staging.find(folder, REPORT), PruneReport.from_dict, AGAIN)
 
 
 def read_certificate(folder: str | Path) -> Certificate:
@@ -346,14 +351,14 @@ def read_certificate(folder: str | Path) -> Certificate:
     Raises:
         InvalidInput: there is none, or it is damaged.
     """
-    return _parsed(Path(folder) / CERTIFICATE, Certificate.from_dict)
+    return read_json(staging.find(folder, CERTIFICATE), Certificate.from_dict, AGAIN)
 
 
 def contradictions(folder: str | Path) -> list[str]:
     """Entries of the two JSON files that do not follow from their other entries (``holds``, ``density`` and the like)."""
     found = []
     for name, made in ((REPORT, read_report(folder)), (CERTIFICATE, read_certificate(folder))):
-        raw = _read_json(Path(folder) / name)
+        raw = read_json(staging.find(folder, name), dict, AGAIN)
         written = json.loads(json.dumps(made.to_dict()))
         found += [f"{name}: {place} does not follow from the other entries" for place in _unequal(raw, written)]
     return found
@@ -366,29 +371,6 @@ def _unequal(raw: Any, made: Any, place: str = "") -> list[str]:
     if isinstance(raw, list) and isinstance(made, list) and len(raw) == len(made):
         return [text for i, (a, b) in enumerate(zip(raw, made, strict=True)) for text in _unequal(a, b, f"{place}[{i}]")]
     return [] if raw == made else [place]
-
-
-T = TypeVar("T")
-
-
-def _parsed(path: Path, make: Callable[[dict[str, Any]], T]) -> T:
-    data = _read_json(path)
-    try:
-        return make(data)
-    except (InvalidInput, TypeError, ValueError) as error:
-        raise InvalidInput(f"{path}: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidInput(f"{path}: it cannot be read ({error.strerror}); give a folder that result.save wrote") from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"{path}: it is not valid JSON ({error}); the file is damaged") from error
-    if not isinstance(data, dict):
-        raise InvalidInput(f"{path}: it must hold a JSON object; the file is damaged")
-    return data
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

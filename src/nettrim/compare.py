@@ -21,7 +21,6 @@ from . import calibration as data
 from .attention import opened
 from .calibration import Batches, Calibration
 from .capture import Replica, device_of, hashes, random_state_kept, replicate
-from .checkpoint import check_writable
 from .corrections import Parts, corrections_of
 from .diagnosis import cannot_run
 from .experiments.journal import Journal
@@ -33,10 +32,11 @@ from .outputs import outputs_of, squares
 from .patterns import parse
 from .predictions import right, stayed
 from .preimage import Activation
-from .progress import Advance, shown, within
+from .progress import NOTHING_KEPT, Advance, shown, within
 from .pruning import MAX_SAMPLES, prune
 from .records import build
 from .selection import select
+from .staging import check_writable
 from .status import InvalidInput
 from .verification import versions
 from .wrappers import takes_models
@@ -233,7 +233,8 @@ def compare(
     batches = Calibration(calibration)
     unseen = None if heldout is None else Calibration(heldout, "heldout")
     measured = batches if unseen is None else unseen
-    with random_state_kept(place), shown(progress) as advance:
+    kept = NOTHING_KEPT if folder is None else f"what is finished is kept in {folder}, where the same comparison continues"
+    with random_state_kept(place), shown(progress, pieces="runs", kept=kept) as advance:
         reference = replicate(model, place, None)
         try:
             reading = read_outputs((reference,), measured)
@@ -295,7 +296,7 @@ def compare(
                 agreement=found.agreement,
                 discrepancy=found.discrepancy,
                 calibration_discrepancy=_share(network.achieved, network.reference_norm),
-                bound=None if network.bound is None else _share(network.bound, network.reference_norm),
+                bound=None if network.bound is None or not math.isfinite(network.bound) else _share(network.bound, network.reference_norm),
                 holds=result.certificate.holds,
                 seconds=seconds,
             )
@@ -315,7 +316,7 @@ def compare(
                 records[key] = record
         advance(len(wanted), len(wanted), "done")
     return Comparison(
-        runs=tuple(build(ComparedRun, records[key], densities=dict(records[key]["densities"])) for key in wanted),
+        runs=tuple(_run_of(records[key]) for key in wanted),
         accuracy=dense.accuracy,
         metric="accuracy" if dense.accuracy is not None else "agreement" if dense.agreement is not None else "discrepancy",
         measured_on="calibration" if unseen is None else "heldout",
@@ -323,6 +324,14 @@ def compare(
         calibration_samples=samples,
         settings=settings,
     )
+
+
+def _run_of(record: dict[str, Any]) -> ComparedRun:
+    """A run from its record in the file of finished runs. Raises InvalidInput."""
+    densities = record.get("densities")
+    if not isinstance(densities, dict) or not all(type(share) in (int, float) and 0 <= share <= 1 for share in densities.values()):
+        raise InvalidInput("ComparedRun: densities must be shares by layer; the file is damaged: pass resume=False to begin it anew")
+    return build(ComparedRun, record, densities=densities)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def distill(
     names = zeroed_layers(source, opened(reference, encoders=False), "distill")
     batches = Calibration(calibration)
     place = device_of(source, device)
-    with random_state_kept(place), shown(progress) as advance:
+    with random_state_kept(place), shown(progress, pieces="steps") as advance:
         student, teacher = _working_copy(source, place), _working_copy(opened(reference, encoders=False), place)
         generator = torch.Generator().manual_seed(seed)
         first = next(iter(batches))

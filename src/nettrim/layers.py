@@ -198,6 +198,11 @@ def view(name: str, module: nn.Module) -> LayerView:
             raise InvalidInput(
                 f"layer {name!r}: its {label} must be one of {known}, found {tensor.dtype}; convert the model with .to(dtype)"
             )
+        if tensor.is_inference():
+            raise InvalidInput(
+                f"layer {name!r}: its {label} was made in inference mode and cannot be changed; make the model outside of "
+                "torch.inference_mode(), and load its state dict there"
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise InvalidInput(f"layer {name!r}: its {label} holds NaN or inf; repair or retrain the model before pruning it")
     return LayerView(name, module)

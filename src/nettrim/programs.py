@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from . import program_file
 from .outputs import largest_difference, outputs_of
 from .quiet import quiet
 from .status import InvalidInput
@@ -35,12 +36,15 @@ def model_from_program(path: Path) -> nn.Module:
     """
     if not path.is_file():
         raise InvalidInput(f"model {path}: there is no such file")
+    archive = program_file.checked(path)
     try:
         with quiet("torch.export"):  # it logs a traceback beside the error that it raises
-            program = torch.export.load(path)
+            program = torch.export.load(archive)
+        model = _Rebuilt(program, str(path)).model()
+    except InvalidInput:
+        raise
     except Exception as error:  # torch raises many kinds, for damaged files and for other versions
         raise InvalidInput(f"model {path}: it cannot be read as a torch.export program ({_first(error)})") from error
-    model = _Rebuilt(program, str(path)).model()
     if not any(isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) for module in model.modules()):
         raise InvalidInput(
             f"model {path}: the program holds no Linear or convolution with weights of its own; give the model as package.module:factory"
@@ -241,9 +245,12 @@ def _check(model: nn.Module, program: ExportedProgram, origin: str) -> None:
     for given in (*args, *kwargs.values()):
         if not isinstance(given, Tensor):
             raise InvalidInput(f"model {origin}: one input is a {type(given).__name__}; export the model with plain tensors as inputs")
-    with torch.no_grad():
-        wanted = outputs_of(program.module()(*args, **kwargs))
-        found = outputs_of(model(*args, **kwargs))
+    try:
+        with torch.no_grad():
+            wanted = outputs_of(program.module()(*args, **kwargs))
+            found = outputs_of(model(*args, **kwargs))
+    except Exception as error:  # a graph whose parts do not fit together
+        raise InvalidInput(f"model {origin}: the program does not run on its own example ({_first(error)}); export it again") from error
     if not largest_difference(wanted, found) <= AGREES:
         raise InvalidInput(
             f"model {origin}: taken apart into layers, the program computes something else; give the model as package.module:factory"

@@ -24,6 +24,7 @@ SHORT = 2.0
 PAUSE = 10.0
 """Seconds between two plain lines at least; a tenth of the time that has passed where that is more."""
 Clock = Callable[[], float]
+NOTHING_KEPT = "nothing of it is kept, and all files are as they were"
 
 
 def silent(done: float, total: float, what: str) -> None:
@@ -50,15 +51,38 @@ def counted(items: Iterable[Any], total: int, advance: Advance, what: str) -> It
 
 
 @contextmanager
-def shown(progress: bool | Advance, *, still: bool = False) -> Iterator[Advance]:
-    """What to call with (done, total, what): the caller's own function, or what draws on standard error, or nothing for ``False``."""
-    if callable(progress):
-        yield progress
-    elif not progress:
-        yield silent
-    else:
-        with Display(Console(stderr=True), still=still) as display:
-            yield display.advance
+def shown(progress: bool | Advance, *, still: bool = False, pieces: str = "parts", kept: str = NOTHING_KEPT) -> Iterator[Advance]:
+    """What to call with (done, total, what): the caller's own function, or what draws on standard error, or nothing for ``False``.
+
+    A KeyboardInterrupt inside says how many ``pieces`` were finished, and what of them is ``kept``.
+    """
+    far = Estimate(time.monotonic)
+
+    def noted(advance: Advance) -> Advance:
+        def tell(done: float, total: float, what: str) -> None:
+            far.update(done, total)
+            advance(done, total, what)
+
+        return tell
+
+    with interruptible(lambda: f"after {_pieces(far.done, far.total)} {pieces}", kept):
+        if callable(progress):
+            yield noted(progress)
+        elif not progress:
+            yield noted(silent)
+        else:
+            with Display(Console(stderr=True), still=still) as display:
+                yield noted(display.advance)
+
+
+@contextmanager
+def interruptible(far: Callable[[], str], kept: str = NOTHING_KEPT) -> Iterator[None]:
+    """A KeyboardInterrupt inside says how far the work was, and what of it is kept; that of the outermost work counts."""
+    begun = time.monotonic()
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"{far()} ({duration(time.monotonic() - begun)}): {kept}") from stop
 
 
 class Estimate:

@@ -34,7 +34,7 @@ from .methods import Method, PerLayer
 from .methods.targets import check_room
 from .opening import how_opened
 from .preimage import Activation
-from .progress import Advance, shown, within
+from .progress import Advance, interruptible, shown, within
 from .report import PruneReport, as_certified
 from .run import Run
 from .selection import refuse_shared_norms, resolve, select
@@ -59,14 +59,16 @@ class PruneResult:
 
     __repr__ = __str__
 
-    def save(self, folder: str | Path, *, compressed: bool = False) -> Path:
-        """Writes model.safetensors, report.json, certificate.json and report.html; all of them or none.
+    def save(self, folder: str | Path, *, compressed: bool = False, force: bool = True) -> Path:
+        """Writes model.safetensors, report.json, certificate.json and report.html; all of them or none, whenever it is interrupted.
 
         With ``compressed``, tensors with many zeros are stored as values and positions (docs/files.md). ``load`` and ``verify``
-        restore them to the last bit; other readers of safetensors see packed bytes.
+        restore them to the last bit; other readers of safetensors see packed bytes. An earlier result in the folder is replaced whole, and
+        refused with ``force=False``; files that nettrim did not write are never replaced.
 
         Raises:
-            InvalidInput: the model was changed since its certificate was made; or the folder cannot be written to.
+            InvalidInput: the model was changed since its certificate was made; or the folder cannot be written to, or holds a file of
+                somebody else (or, with ``force=False``, an earlier result).
         """
         if hashes(opened(unwrapped(self.model))) != self.certificate.weights_hash:
             raise InvalidInput(
@@ -75,7 +77,7 @@ class PruneResult:
             )
         from .checkpoint import save  # checkpoint renders the page; only those who save need it
 
-        return save(self, folder, compressed=compressed)
+        return save(self, folder, compressed=compressed, force=force)
 
     def masks(self) -> dict[str, NDArray[np.bool_]]:
         """For each pruned layer, which weights are not zero, in the shape in which its module keeps them."""
@@ -175,7 +177,8 @@ def prune(
     batches = Calibration(calibration)
     unseen = None if heldout is None else Calibration(heldout, "heldout")
     place = device_of(model, device)
-    with shown(progress) as advance, random_state_kept(place):
+    runs: list[Run] = []
+    with interruptible(lambda: _far(runs)), shown(progress) as advance, random_state_kept(place):
         advance(0, 1, "reading the calibration data")
         first = next(iter(batches))
         encoders, opening = how_opened(given, place, first)
@@ -191,6 +194,7 @@ def prune(
         notes = [*([opening] if opening else []), *([notice] if notice else []), *([graph.notice] if graph.notice else [])]
         run = Run(model, method, scheme, batches, found, graph, reference, max_samples, seed, advance)
         refuse_shared_norms(model, run.offset_holders())
+        runs.append(run)
         run.plan(len(wanted), sweeps, allocation == "global", unseen is not None)
         if add_bias:
             notes += run.add_biases(wanted)
@@ -224,6 +228,14 @@ def prune(
         | {"max_samples": max_samples, "readings": {name: c.record() for name, c in corrections.items()}, "added_biases": run.added},
     )
     return PruneResult(closed(run.result, given), report, certificate)
+
+
+def _far(runs: Sequence[Run]) -> str:
+    """How far an interrupted run was."""
+    run = runs[0] if runs else None
+    if run is None or not run.reports:
+        return "before the first layer was done"
+    return f"after {len(run.reports)} of {run.count} layers"
 
 
 def _called(names: list[str], found: Scan, layers: Sequence[str] | None) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .certificate import Certificate, LayerCertificate
-from .records import build, items
+from .records import build, items, texts
 from .status import InvalidInput, Status
 from .whole import LeftOut, WholeModel
 
@@ -109,7 +109,7 @@ class LayerReport:
             status = Status(data.get("status"))
         except (ValueError, AttributeError) as error:
             raise InvalidInput(f"LayerReport: status must be one of {', '.join(s.value for s in Status)}; the file is damaged") from error
-        return build(cls, data, status=status, notes=tuple(items(data, "notes")))
+        return build(cls, data, status=status, notes=texts(data, "notes"))
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class PruneReport:
                 data.get("model"),
                 left_out=tuple(build(LeftOut, left) for left in items(data.get("model"), "left_out")),
             ),
-            notes=tuple(items(data, "notes")),
+            notes=texts(data, "notes"),
             settings=dict(data.get("settings", {})),
         )
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .calibration import Batches
 from .checkpoint import load_state, read_weights
 from .factories import made_by
+from .foreign import arrays
 from .programs import model_from_program
 from .status import InvalidInput
 from .wrappers import unwrapped, without_prefix
@@ -83,18 +81,16 @@ def batches_from(text: str, model: nn.Module, batch_size: int) -> Batches:
 
 
 def _read_arrays(path: Path) -> tuple[Tensor, Tensor | None]:
-    try:
-        if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, allow_pickle=False)), None
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {key: torch.from_numpy(archive[key]) for key in archive.files}
-        else:
-            arrays = load_file(path)
-    except (OSError, ValueError, TypeError, EOFError, SafetensorError) as error:
-        raise InvalidInput(f"data file {path}: it cannot be read ({error}); arrays of plain numbers are needed") from error
-    name = next((key for key in INPUT_NAMES if key in arrays), None)
+    found = arrays(path)
+    name = next((key for key in INPUT_NAMES if key in found), None)
     if name is None:
-        raise InvalidInput(f"data file {path}: it needs an array named {' or '.join(INPUT_NAMES[:3])}, found {', '.join(arrays) or 'none'}")
-    label = next((key for key in LABEL_NAMES if key in arrays), None)
-    return arrays[name], None if label is None else arrays[label].long()
+        raise InvalidInput(f"data file {path}: it needs an array named {' or '.join(INPUT_NAMES[:3])}, found {', '.join(found) or 'none'}")
+    label = next((key for key in LABEL_NAMES if key in found), None)
+    if label is None:
+        return found[name], None
+    labels = found[label]
+    if not labels.ndim or labels.is_complex() or not torch.equal(labels, labels.long().to(labels.dtype)):
+        raise InvalidInput(
+            f"data file {path}: {label} must be whole numbers, one class a sample, found shape {tuple(labels.shape)} of {labels.dtype}"
+        )
+    return found[name], labels.long()

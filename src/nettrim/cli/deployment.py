@@ -18,7 +18,7 @@ from ..deploy.bench import SECONDS, SIZES, check_settings
 from ..deploy.export import check_target
 from ..render import bench_files, bench_table
 from ..sources import batches_from, model_from
-from .options import BatchSize, Data, Device, Json, ManyValues, Model, Untrained, check_weights
+from .options import BatchSize, Data, Device, Force, Json, ManyValues, Model, Untrained, check_weights
 from .output import print_json
 
 
@@ -51,14 +51,16 @@ def export_command(
     untrained: Untrained = False,
     compacted: Annotated[bool, typer.Option("--compact", help="First remove dead neurons and channels; the function stays.")] = False,
     batch_size: BatchSize = 256,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Write a model as ONNX, as a torch.export program or as C99, checked against the model on the first batch of the data."""
-    chosen = check_target(output, None if format is None else format.value)
+    read = checkpoint.files_of((model, weights, data))
+    chosen = check_target(output, None if format is None else format.value, force=force, inputs=read)
     network = saved_model(model, weights, untrained)
     example = next(iter(Calibration(batches_from(data, network, batch_size), "data")))
     small = compact(network, example) if compacted else None
-    made = export(network if small is None else small.model, example, output, format=chosen, progress=not as_json)
+    made = export(network if small is None else small.model, example, output, format=chosen, force=force, progress=not as_json)
     if as_json:
         parameters = None if small is None else {"before": small.parameters[0], "after": small.parameters[1], "notes": list(small.notes)}
         print_json({"exported": made.to_dict(), "compacted": parameters})
@@ -105,7 +107,7 @@ def bench_command(
     network = saved_model(model, weights, untrained)
     dense = None if reference is None else checkpoint.load(reference, model_from(model, None))
     if output is not None:
-        bench_files.check_folder(output, hashes(network))
+        bench_files.check_folder(output, hashes(network), (model, weights, reference, data))
     example = next(iter(Calibration(batches_from(data, network, max(sizes)), "data")))
     made = bench(
         network,

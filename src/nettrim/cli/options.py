@@ -71,6 +71,7 @@ ReadingOption = Annotated[
 MaxSamples = Annotated[int, typer.Option(help="Most rows kept for one layer.")]
 BatchSize = Annotated[int, typer.Option(help="Samples per batch when data come from a file.")]
 Device = Annotated[str | None, typer.Option(help="Torch device; by default where the model is.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an earlier result in --output. Inputs and files of others stay.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else.")]
 
 

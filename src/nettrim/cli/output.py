@@ -14,6 +14,7 @@ from rich.console import Console
 
 from .. import checkpoint, render
 from ..certificate import Certificate
+from ..progress import NOTHING_KEPT
 from ..report import PruneReport
 from ..status import CertificateError, NetTrimError
 from ..summary import NEXT, result_text
@@ -36,8 +37,8 @@ def told(command: Callable[Given, None]) -> Callable[Given, None]:
             fail(str(error), GUARANTEE_NOT_MET)
         except NetTrimError as error:
             fail(str(error), BAD_INPUT)
-        except KeyboardInterrupt:
-            fail("interrupted; earlier output is as it was", INTERRUPTED)
+        except KeyboardInterrupt as stop:  # what was under way has said how far it was, and what is kept
+            fail(f"interrupted {stop}" if str(stop) else f"interrupted: {NOTHING_KEPT}", INTERRUPTED)
 
     return run
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .. import checkpoint, render
+from .. import checkpoint, render, staging
 from ..distill import distill
 from ..pruning import MAX_SAMPLES, PruneResult, prune
 from ..recertify import recertify
@@ -27,6 +27,7 @@ from .options import (
     Data,
     Device,
     Folder,
+    Force,
     Heldout,
     Ignore,
     Json,
@@ -143,6 +144,7 @@ def prune_command(
     seed: Annotated[int, typer.Option(help="Chooses rows where there are more than --max-samples, and what random keeps.")] = 0,
     device: Device = None,
     compressed: Compressed = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Prune a trained model and save it with its report and certificate."""
@@ -161,9 +163,11 @@ def prune_command(
     }
     chosen = method_from(method, options, seed)
     corrections, activations = readings(reading), by_layer("activation", activation)
-    checkpoint.check_writable(output)
+    read = (model, weights, data, heldout)
+    checkpoint.check_output(output, force=force, inputs=read)
     source = given_model(model, weights, untrained)
     network = source.model
+    checkpoint.check_state(network)
     result = prune(
         network,
         batches_from(data, network, batch_size),
@@ -184,7 +188,7 @@ def prune_command(
         progress=not as_json,
     )
     result = with_notes(result, source)
-    result.save(output, compressed=compressed)
+    checkpoint.save(result, output, compressed=compressed, force=force, inputs=read)
     names = [model, *(["--untrained"] if untrained else []), *(() if weights is None else ("--weights", str(weights))), "--data", data]
     show(result.report, result.certificate, output, as_json, following=next_commands(output, names))
     exit_unless_met(result.certificate)
@@ -240,15 +244,17 @@ def report_command(
     as_json: Json = False,
 ) -> None:
     """Show the report and certificate of a saved result."""
+    if html is not None and html.suffix != ".html":
+        raise InvalidInput(f"page {html}: its name must end in .html; choose another")
     report, certificate = checkpoint.read_report(folder), checkpoint.read_certificate(folder)
     bench, stale = bench_files.read_bench(folder)
     if html is not None:
+        staging.check([html], "page")
         state = checkpoint.read_weights(folder / checkpoint.MODEL)
         masks = {layer.name: (checkpoint.weight_of(state, layer.name) != 0).numpy() for layer in report.layers}
-        try:
-            html.write_text(render.report_html(report, certificate, masks, bench=bench), encoding="utf-8")
-        except OSError as error:
-            raise InvalidInput(f"page {html}: it cannot be written ({error.strerror})") from error
+        page = render.report_html(report, certificate, masks, bench=bench)
+        with staging.writing(html.parent, [html.name], "page") as hidden:
+            (hidden / html.name).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     show(report, certificate, folder, as_json, bench=None if bench is None else bench.to_dict())
     if as_json:
         return
@@ -283,12 +289,15 @@ def distill_command(
     seed: Annotated[int, typer.Option(help="Chooses the samples held back, their order and their mixtures.")] = 0,
     device: Device = None,
     compressed: Compressed = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a pruned model towards the trained one without labels, zeros kept, and certify it anew."""
-    checkpoint.check_writable(output)
+    read = (folder, model, weights, data, heldout)
+    checkpoint.check_output(output, force=force, inputs=read)
     source = given_model(model, weights, untrained)
     network = source.model
+    checkpoint.check_state(network)
     batches = batches_from(data, network, batch_size)
     unseen = None if heldout is None else batches_from(heldout, network, batch_size)
     pruned = checkpoint.load(folder, copy.deepcopy(network))
@@ -314,7 +323,7 @@ def distill_command(
     result = recertify(saved, made.model, network, batches, heldout=unseen, device=device, progress=not as_json)
     result = with_notes(result, source)
     result = replace(result, report=replace(result.report, notes=(*result.report.notes, distilled_words(made))))
-    result.save(output, compressed=compressed)
+    checkpoint.save(result, output, compressed=compressed, force=force, inputs=read)
     if as_json:
         told = {item.name: getattr(made, item.name) for item in fields(made) if item.name != "model"}
         made_of = {"report": result.report.to_dict(), "certificate": result.certificate.to_dict(), "size": size_of(output)}

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .. import checkpoint, render
+from .. import checkpoint, render, staging
 from ..bound_query import ask
 from ..compare import compare, first_samples
 from ..deploy import bench
@@ -111,7 +111,7 @@ def demo_command(
     """Train a small network on real data, prune it in several ways without retraining, compare, and measure size and speed."""
     from ..experiments import demo  # needs the extra packages for data sets
 
-    checkpoint.check_writable(output)
+    checkpoint.check_output(output, kind="demo")
     console = Console(stderr=as_json)
     done = demo.run(
         dataset.value,
@@ -123,7 +123,7 @@ def demo_command(
         progress=not as_json,
         announce=lambda text: console.print(text, style="bold", highlight=False),
     )
-    checkpoint.save(done.result, output, comparison=done.rows)
+    checkpoint.save(done.result, output, comparison=done.rows, kind="demo")
     made = None
     if measure:
         console.print("size and speed", style="bold", highlight=False)
@@ -175,7 +175,7 @@ def compare_command(
     from ..render import compare_files  # drawing is needed only here
 
     corrections, activations = readings(reading), by_layer("activation", activation)
-    folder = checkpoint.check_writable(output)
+    folder = compare_files.check_folder(output, checkpoint.files_of((model, weights, data, heldout)))
     network = given_model(model, weights, untrained).model
     batches = batches_from(data, network, batch_size)
     comparison = compare(
@@ -221,8 +221,9 @@ def reproduce_command(
     """Repeat a published experiment: numbers beside the published ones, a table and a picture."""
     if name not in reproduce.NAMES:  # before its folder is made
         raise InvalidInput(f"experiment {name!r} is not known; there are {', '.join(reproduce.NAMES)}")
-    folder = checkpoint.check_writable(output / name)
-    with shown(not as_json) as advance:
+    folder = staging.check_writable(output / name)
+    kept = f"what is finished is kept in {folder}, where the same command continues"
+    with shown(not as_json, pieces="parts", kept=kept) as advance:
         settings = reproduce.Settings(folder, quick, seed, dataset.value, data, samples, advance)
         outcome = reproduce.run(name, settings)
     if as_json:

@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import staging
 from ..outputs import Outputs, largest_difference
 from ..status import InvalidInput
 from . import c_check
 from .c_read import plan_of
 from .c_source import source_of
-from .export_common import check_output, ran, refuse_different, staged, start
+from .export_common import check_output, ran, refuse_different, start
 from .export_result import Exported
 
 TOLERANCE = 1e-5
@@ -65,9 +66,9 @@ def check_name(place: Path) -> str:
     return name
 
 
-def export_c(model: object, example: Any, path: str | Path) -> Exported:
+def export_c(model: object, example: Any, path: str | Path, force: bool = True) -> Exported:
     """Writes ``path`` and the header beside it; the function is ``<stem>_run``; see :func:`nettrim.export`."""
-    place = check_output(path, ".c")
+    place = check_output(path, ".c", force=force)
     name = check_name(place)
     compiler = c_check.compiler()
     twin, inputs = start(model, example)
@@ -79,7 +80,7 @@ def export_c(model: object, example: Any, path: str | Path) -> Exported:
     made = source_of(plan, name)
     header = place.with_suffix(".h")
     found, sizes, samples = None, made.sizes, 0
-    with staged(place, [header.name, place.name]) as folder:
+    with staging.writing(place.parent, [header.name, place.name], "export", force=force) as folder:
         (folder / header.name).write_text(made.header, encoding="ascii")
         (folder / place.name).write_text(made.source, encoding="ascii")
         if compiler is None:

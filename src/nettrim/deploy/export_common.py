@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import staging
 from ..calibration import inputs_of
 from ..capture import Replica, replicate
-from ..checkpoint import check_writable
 from ..diagnosis import cannot_run
 from ..outputs import Outputs, outputs_of
 from ..status import InvalidInput, NetTrimError
@@ -91,26 +87,14 @@ def refuse_different(found: float, tolerance: float, what: str, samples: int) ->
         )
 
 
-def check_output(path: str | Path, suffix: str) -> Path:
-    """Refuses a file that cannot be written, before any work. Raises InvalidInput."""
+def check_output(path: str | Path, suffix: str, *, force: bool = False, inputs: Iterable[str | Path | None] = ()) -> Path:
+    """Refuses a file that cannot be written, or in whose place another must stay, before any work. Raises InvalidInput."""
     place = Path(path)
     if place.suffix != suffix:
         raise InvalidInput(f"export: the output must end in {suffix}, found {str(place)!r}; rename it, or choose another format")
     if place.is_dir():
         raise InvalidInput(f"export: the output {str(place)!r} is a folder; name a file")
-    check_writable(place.parent)
+    staging.check_writable(place.parent)
+    staging.settle(place.parent)
+    staging.check([place, *([place.with_suffix(".h")] if suffix == ".c" else [])], "export", force=force, inputs=inputs)
     return place
-
-
-@contextmanager
-def staged(path: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A folder beside the final place; the named files are moved from it when the block ends well, and else nothing is left."""
-    folder = Path(tempfile.mkdtemp(prefix=".exporting-", dir=path.parent.absolute()))
-    try:
-        yield folder
-        for name in names:
-            os.replace(folder / name, path.parent / name)
-    except OSError as error:
-        raise InvalidInput(f"export: {path} could not be written ({error}); choose another place") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

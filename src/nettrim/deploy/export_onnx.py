@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from .. import staging
 from ..outputs import Outputs, largest_difference, outputs_of
 from ..quiet import quiet
 from ..solvers.reference import MissingExtra
 from ..status import InvalidInput
-from .export_common import allowed, check_output, ran, refuse_different, resized, staged, start
+from .export_common import allowed, check_output, ran, refuse_different, resized, start
 from .export_program import known_warnings, traced
 from .export_result import Exported
 
@@ -37,35 +38,35 @@ def libraries() -> tuple[ModuleType, ModuleType]:
     return onnx, onnxruntime
 
 
-def export_onnx(model: object, example: Any, path: str | Path) -> Exported:
+def export_onnx(model: object, example: Any, path: str | Path, force: bool = True) -> Exported:
     """Writes an ONNX file: shapes as the model has them, weights dense with their zeros; see :func:`nettrim.export`."""
     onnx, onnxruntime = libraries()
-    place = check_output(path, ".onnx")
+    place = check_output(path, ".onnx", force=force)
     twin, inputs = start(model, example)
     program, sizes, notes = traced(twin, inputs)
     tolerance, worst = allowed(twin.model, TOLERANCE), 0.0
-    with staged(place, [place.name]) as folder:
-        file = folder / place.name
-        try:
-            with known_warnings(), quiet(REMARKS), torch.no_grad():
-                made = torch.onnx.export(program, dynamo=True, verbose=False)
-            assert made is not None
-            proto = made.model_proto
-            _without_traces(proto)
-            onnx.save(proto, file)
-            onnx.checker.check_model(str(file), full_check=True)
-            session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        except Exception as error:  # the exporter, onnx and onnxruntime each raise kinds of their own
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InvalidInput(f"export: no ONNX file could be made of the model ({first}); nothing is written") from error
-        for samples in sizes:
-            batch = resized(inputs, samples)
-            wanted = ran(twin, batch)
-            found = largest_difference(outputs_of(tuple(wanted.tensors.values())), _run(session, batch))
-            refuse_different(found, tolerance, "ONNX", samples)
-            worst = max(worst, found)
-        size = file.stat().st_size
-    return Exported(place, "onnx", (place,), size, worst, sizes, len(sizes) > 1, (*notes, *wanted.notes))
+    try:
+        with known_warnings(), quiet(REMARKS), torch.no_grad():
+            made = torch.onnx.export(program, dynamo=True, verbose=False)
+        assert made is not None
+        proto = made.model_proto
+        _without_traces(proto)
+        proto.producer_name, proto.producer_version = "nettrim export", torch.__version__
+        data = proto.SerializeToString()  # on the disk only when it is whole and checked
+        onnx.checker.check_model(data, full_check=True)
+        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the exporter, onnx and onnxruntime each raise kinds of their own
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InvalidInput(f"export: no ONNX file could be made of the model ({first}); nothing is written") from error
+    for samples in sizes:
+        batch = resized(inputs, samples)
+        wanted = ran(twin, batch)
+        found = largest_difference(outputs_of(tuple(wanted.tensors.values())), _run(session, batch))
+        refuse_different(found, tolerance, "ONNX", samples)
+        worst = max(worst, found)
+    with staging.writing(place.parent, [place.name], "export", force=force) as folder:
+        (folder / place.name).write_bytes(data)
+    return Exported(place, "onnx", (place,), len(data), worst, sizes, len(sizes) > 1, (*notes, *wanted.notes))
 
 
 def _run(session: Any, batch: Any) -> Outputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,37 +12,40 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
+from .. import staging
 from ..capture import Replica
 from ..outputs import largest_difference, outputs_of
 from ..status import InvalidInput
-from .export_common import allowed, batched, check_output, copied, count, ran, refuse_different, resized, staged, start
+from .export_common import allowed, batched, check_output, copied, count, ran, refuse_different, resized, start
 from .export_result import Exported
 
 TOLERANCE = 1e-5
 """By how much outputs may differ, relative to the largest."""
 
 
-def export_program(model: object, example: Any, path: str | Path) -> Exported:
+def export_program(model: object, example: Any, path: str | Path, force: bool = True) -> Exported:
     """Writes a ``.pt2`` program that ``torch.export.load`` reads; see :func:`nettrim.export`."""
-    place = check_output(path, ".pt2")
+    place = check_output(path, ".pt2", force=force)
     twin, inputs = start(model, example)
     program, sizes, notes = traced(twin, inputs)
     tolerance, worst = allowed(twin.model, TOLERANCE), 0.0
-    with staged(place, [place.name]) as folder:
-        with known_warnings():
-            torch.export.save(program, folder / place.name)
-            loaded = torch.export.load(folder / place.name).module()
-        for samples in sizes:
-            batch = resized(inputs, samples)
-            given = copied(batch)
-            with torch.no_grad():
-                made = loaded(**given) if isinstance(given, Mapping) else loaded(given)
-            wanted = ran(twin, batch)
-            found = largest_difference(wanted, outputs_of(made))
-            refuse_different(found, tolerance, ".pt2", samples)
-            worst = max(worst, found)
-        size = (folder / place.name).stat().st_size
-    return Exported(place, "pt2", (place,), size, worst, sizes, len(sizes) > 1, (*notes, *wanted.notes))
+    data = io.BytesIO()  # torch's own writer ends the whole process where a disk is full
+    with known_warnings():
+        torch.export.save(program, data, extra_files={staging.PRODUCER: "export"})
+        data.seek(0)
+        loaded = torch.export.load(data).module()
+    for samples in sizes:
+        batch = resized(inputs, samples)
+        given = copied(batch)
+        with torch.no_grad():
+            made = loaded(**given) if isinstance(given, Mapping) else loaded(given)
+        wanted = ran(twin, batch)
+        found = largest_difference(wanted, outputs_of(made))
+        refuse_different(found, tolerance, ".pt2", samples)
+        worst = max(worst, found)
+    with staging.writing(place.parent, [place.name], "export", force=force) as folder:
+        (folder / place.name).write_bytes(data.getbuffer())
+    return Exported(place, "pt2", (place,), data.getbuffer().nbytes, worst, sizes, len(sizes) > 1, (*notes, *wanted.notes))
 
 
 def traced(twin: Replica, inputs: Any) -> tuple[ExportedProgram, tuple[int, ...], tuple[str, ...]]:

@@ -5,7 +5,6 @@ For every width and share the bound is computed once, before any mask is drawn; 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +19,10 @@ from ..bounds.tails import check_delta, check_share
 from ..methods import Magnitude, Random
 from ..pruning import prune
 from ..status import InvalidInput
-from . import datasets
+from . import datasets, outputs
 from .journal import Journal
 from .models import fully_connected
-from .training import recipe_for, train_classifier, writable
+from .training import recipe_for, train_classifier
 
 NAME = "bounds"
 WIDTHS, QUICK_WIDTHS = (32, 64, 128, 256, 512), (32, 128)
@@ -132,7 +131,7 @@ def run(
         "hidden": hidden,
         "epochs": epochs,
     }
-    folder = writable(Path(out))
+    folder = outputs.begin(Path(out), NAME)
     points, inverse = [], []
     total, done = len(widths) * (len(shares) + 1), 0
     with Journal(folder / f"{NAME}.jsonl", header, resume=resume) as journal:
@@ -173,10 +172,7 @@ def run(
     )
     from .bounds_figures import picture  # drawing is needed only here
 
-    (folder / files[1]).write_text(json.dumps(summary.to_dict(), indent=1) + "\n", encoding="utf-8")
-    figure = picture(summary)
-    figure.savefig(folder / files[2], dpi=150)
-    figure.savefig(folder / files[3], metadata={"Date": None})
+    outputs.write(folder, NAME, summary.to_dict(), picture(summary))
     return summary
 
 

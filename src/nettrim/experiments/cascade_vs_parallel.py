@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..pruning import prune
-from . import curves, datasets
+from . import curves, datasets, outputs
 from .curves import Point
 from .journal import Journal
 from .mnist_fc import HIDDEN
@@ -146,7 +146,7 @@ def run(
     }
     pruned = [(method, scheme, gain) for method in methods for scheme, chosen in gains.items() for gain in chosen]
     total, done = len(grid) * (1 + len(pruned)), 0
-    out.mkdir(parents=True, exist_ok=True)
+    outputs.begin(out, NAME)
     networks: list[Training] = []
     points: list[Point] = []
     with Journal(out / f"{NAME}.jsonl", header, resume=resume) as journal:
@@ -203,12 +203,9 @@ def run(
         largest_slack=max(slacks, default=None),
         files=tuple(f"{NAME}.{ending}" for ending in ("jsonl", "json", "png", "svg")),
     )
-    (out / f"{NAME}.json").write_text(json.dumps(summary.to_dict(), indent=1) + "\n", encoding="utf-8")
     from .cascade_vs_parallel_figures import picture  # drawn from this module's data
 
-    figure = picture(summary)
-    figure.savefig(out / f"{NAME}.png", dpi=150)
-    figure.savefig(out / f"{NAME}.svg", metadata={"Date": None})
+    outputs.write(out, NAME, summary.to_dict(), picture(summary))
     return summary
 
 

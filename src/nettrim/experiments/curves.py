@@ -20,6 +20,7 @@ from ..methods import Magnitude, NetTrim
 from ..pruning import PruneResult, prune
 from ..report import LayerReport
 from ..status import InvalidInput
+from . import outputs
 from .datasets import Dataset
 from .journal import Journal
 from .published_training import Architecture, Recipe, Tuning, digest, finetune, trained
@@ -195,7 +196,7 @@ def run(
     }
     units = [(s, method, gain, kind) for s in series for gain in s.gains for method in s.methods for kind in ("", MAGNITUDE)]
     total, done = len(series) + len(units), 0
-    out.mkdir(parents=True, exist_ok=True)
+    outputs.begin(out, name)
     networks: dict[str, nn.Sequential] = {}
     origins: list[Trained] = []
     points: list[Point] = []
@@ -263,12 +264,9 @@ def run(
         largest_slack=max(slacks, default=None),
         files=(f"{name}.jsonl", f"{name}.json", f"{name}.png", f"{name}.svg"),
     )
-    (out / f"{name}.json").write_text(json.dumps(summary.to_dict(), indent=1) + "\n", encoding="utf-8")
     from .curves_figures import picture  # drawn from this module's data
 
-    figure = picture(summary)
-    figure.savefig(out / f"{name}.png", dpi=150)
-    figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+    outputs.write(out, name, summary.to_dict(), picture(summary))
     return summary
 
 

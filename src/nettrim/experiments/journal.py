@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .. import staging
 from ..status import InvalidInput
 
 Record = dict[str, Any]
@@ -27,15 +30,17 @@ class Journal:
     def __init__(self, path: Path, header: Mapping[str, Any], *, resume: bool = True) -> None:
         self.path = path
         self.header = json.loads(json.dumps(header))  # as it will be read back
+        staging.settle(path.parent)
+        if not resume:
+            staging.check([path], "journal")
         self.records: dict[str, Record] = dict(self._read()) if resume and path.exists() else {}
 
     def __enter__(self) -> Journal:
-        # through a second file, so that an interruption here loses nothing
-        fresh = self.path.with_name(self.path.name + ".part")
-        lines = [self.header, *({"key": key, "record": record} for key, record in self.records.items())]
-        fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        fresh.replace(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        # whole before it takes the other's place, so that an interruption here loses nothing
+        lines = [staging.mark("journal") | self.header, *({"key": key, "record": record} for key, record in self.records.items())]
+        with staging.writing(self.path.parent, [self.path.name], "journal", own=True) as hidden:
+            (hidden / self.path.name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -46,34 +51,64 @@ class Journal:
 
     def add(self, key: str, record: Mapping[str, Any]) -> Record:
         """Keeps a record, in the file at once; the record as it will be read back."""
-        line = json.dumps({"key": key, "record": record}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        try:
+            line = json.dumps({"key": key, "record": record}, allow_nan=False)
+        except (ValueError, TypeError) as error:
+            raise InvalidInput(f"{self.path}: record {key!r} cannot be kept ({error})") from error
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            left = memoryview(f"{line}\n".encode())
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(end)
+            raise InvalidInput(f"{self.path}: a record could not be written ({error}); free space, and continue there") from error
         self.records[key] = json.loads(line)["record"]
         return self.records[key]
 
     def _read(self) -> Iterator[tuple[str, Record]]:
-        text = self.path.read_text(encoding="utf-8")
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInput(f"{self.path} must be a journal of an experiment, and cannot be read ({error}): {_REMEDY}") from error
         *lines, rest = text.split("\n")  # what an interruption cut off has no newline behind it
         if not lines:
-            if not (json.dumps(self.header) + "\n").startswith(rest):
+            if not any((json.dumps(header) + "\n").startswith(rest) for header in (self.header, staging.mark("journal") | self.header)):
                 raise InvalidInput(f"{self.path} must be a journal of an experiment, found something else: {_REMEDY}")
             return
         for number, line in enumerate(lines):
-            try:
-                found = json.loads(line)
-                if number > 0:
-                    key, record = found["key"], found["record"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise InvalidInput(
-                    f"{self.path} must hold one JSON record a line, found something else in line {number + 1}: {_REMEDY}"
-                ) from error
             if number > 0:
-                yield key, record
-            elif found != self.header:
-                raise InvalidInput(f"{self.path} must belong to a run with {self.header}, found {found}: {_REMEDY}")
+                read = _record(line)
+                if read is None:
+                    raise InvalidInput(
+                        f"{self.path} must hold one JSON record a line, found something else in line {number + 1}: {_REMEDY}"
+                    )
+                yield read
+            else:
+                self._check(line)
+        last = _record(rest)  # the run was cut off while writing it
+        if last is not None:
+            yield last
+
+    def _check(self, line: str) -> None:
+        """Refuses a first line that states another run."""
         try:
-            found = json.loads(rest)
-            yield found["key"], found["record"]
-        except (json.JSONDecodeError, KeyError, TypeError):  # the run was cut off while writing it
-            return
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InvalidInput(f"{self.path} must hold one JSON record a line, found something else in line 1: {_REMEDY}") from error
+        stated = {key: value for key, value in found.items() if key not in staging.mark("")} if isinstance(found, dict) else found
+        if stated != self.header:
+            raise InvalidInput(f"{self.path} must belong to a run with {self.header}, found {found}: {_REMEDY}")
+
+
+def _record(line: str) -> tuple[str, Record] | None:
+    """Key and record of a line, None where it holds something else."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or not isinstance(found.get("key"), str) or not isinstance(found.get("record"), dict):
+        return None
+    return found["key"], found["record"]

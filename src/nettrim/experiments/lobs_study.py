@@ -7,7 +7,6 @@ are relative to the norm of the reference output.
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from ..alternating import alternate
 from ..methods import LOBS, OBS, Magnitude, Method, NetTrim, Random
 from ..pruning import PruneResult, prune
 from ..status import InvalidInput
-from . import datasets, lobs_networks
+from . import datasets, lobs_networks, outputs
 from .curves import calibration_images
 from .datasets import Dataset
 from .journal import Journal
@@ -29,7 +28,7 @@ from .lobs_bound import accumulated
 from .lobs_networks import PUBLISHED, SHARES, Published
 from .lobs_retraining import retrain
 from .published_training import digest
-from .training import accuracy, writable
+from .training import accuracy
 
 NAME = "lobs"
 SAMPLES = {lobs_networks.FULLY_CONNECTED: 4_096, lobs_networks.CONVOLUTIONAL: 2_000}
@@ -155,7 +154,7 @@ def run(
             side = lobs_networks.SMALLEST_IMAGE
             raise InvalidInput(f"{name} needs images of at least {side} x {side} pixels, found {tuple(images.train_images.shape[1:])}")
     counts = {name: _samples(name, images, quick, samples) for name in chosen}
-    folder = writable(Path(out))
+    folder = outputs.begin(Path(out), NAME)
     header = {
         "format": _FORMAT,
         "experiment": NAME,
@@ -192,12 +191,9 @@ def run(
         holds=all(point.holds for point in points),
         files=tuple(f"{NAME}.{ending}" for ending in ("jsonl", "json", "png", "svg")),
     )
-    (folder / f"{NAME}.json").write_text(json.dumps(summary.to_dict(), indent=1) + "\n", encoding="utf-8")
     from .lobs_figures import picture  # drawn from this module's data
 
-    figure = picture(summary)
-    figure.savefig(folder / f"{NAME}.png", dpi=150)
-    figure.savefig(folder / f"{NAME}.svg", metadata={"Date": None})
+    outputs.write(folder, NAME, summary.to_dict(), picture(summary))
     return summary
 
 

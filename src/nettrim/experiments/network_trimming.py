@@ -17,7 +17,7 @@ from torch import nn
 
 from ..status import InvalidInput
 from ..trimming import LayerApoz, NetworkTrimming, trim
-from . import datasets
+from . import datasets, outputs
 from .datasets import Dataset
 from .journal import Journal
 from .training import accuracy, digest
@@ -173,7 +173,7 @@ def run(
         "tolerance": TOLERANCE,
         "networks": {name: {"plan": asdict(plan), "arguments": dict(NETWORKS[name].arguments)} for name, plan in plans.items()},
     }
-    out.mkdir(parents=True, exist_ok=True)
+    outputs.begin(out, NAME)
     runs: list[Run] = []
     total = sum(1 + plan.rounds for plan in plans.values())
     done = 0
@@ -198,12 +198,9 @@ def run(
         published=PUBLISHED,
         files=tuple(f"{NAME}.{ending}" for ending in ("jsonl", "json", "png", "svg")),
     )
-    (out / f"{NAME}.json").write_text(json.dumps(summary.to_dict(), indent=1) + "\n", encoding="utf-8")
     from .network_trimming_figures import picture  # drawn from this module's data
 
-    figure = picture(summary)
-    figure.savefig(out / f"{NAME}.png", dpi=150)
-    figure.savefig(out / f"{NAME}.svg", metadata={"Date": None})
+    outputs.write(out, NAME, summary.to_dict(), picture(summary))
     return summary
 
 

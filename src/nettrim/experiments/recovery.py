@@ -9,7 +9,6 @@ share of trials whose smallest P is at most P is the success rate at every P at 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -29,6 +28,7 @@ from scipy.optimize import linprog
 from ..bounds import expected_transition, samples_for_recovery
 from ..recovery import Verdict, is_unique_minimiser
 from ..status import InvalidInput
+from . import outputs
 from .journal import Journal, Record
 
 Entries = Literal["gaussian", "signs"]
@@ -160,7 +160,7 @@ def run(
     """
     started = {"format": _FORMAT, "seed": seed, "entries": entries, "recovered": RECOVERED}
     keys = _plan(N, sparsities, trials, seed, quick, sizes, entries, processes)
-    out.mkdir(parents=True, exist_ok=True)
+    outputs.begin(out, "recovery")
     with Journal(out / "recovery.jsonl", started, resume=resume) as journal:
         missing = [key for key in keys if _name(key) not in journal]
         finished = len(keys) - len(missing)
@@ -172,12 +172,9 @@ def run(
     wanted = [_trial(journal.records[_name(key)]) for key in keys]
     files = ("recovery.jsonl", "recovery.json", "recovery.png", "recovery.svg")
     summary = summarise(wanted, N, seed, entries, files)
-    (out / "recovery.json").write_text(json.dumps(summary.to_dict(), indent=1) + "\n", encoding="utf-8")
     from .recovery_figures import picture  # drawn from this module's data
 
-    figure = picture(summary, wanted)
-    figure.savefig(out / "recovery.png", dpi=150)
-    figure.savefig(out / "recovery.svg", metadata={"Date": None})
+    outputs.write(out, "recovery", summary.to_dict(), picture(summary, wanted))
     return summary
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,16 +108,13 @@ def _lobs(settings: Settings) -> Outcome:
 
 def _cascade_vs_parallel(settings: Settings) -> Outcome:
     """First on the spirals, as in the first paper; then on images, as in the second."""
-    from . import cascade_vs_parallel, cascade_vs_parallel_figures, spiral_schemes, spiral_schemes_figures
+    from . import cascade_vs_parallel, cascade_vs_parallel_figures, outputs, spiral_schemes, spiral_schemes_figures
 
     common: dict[str, Any] = {"out": settings.out, "quick": settings.quick, "seed": settings.seed, "progress": settings.progress}
     points = spiral_schemes.spiral_points(**common)
     name = spiral_schemes.NAME
     numbers = {"points": [asdict(point) for point in points], "comparisons": [asdict(c) for c in spiral_schemes.compare(points)]}
-    (settings.out / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    figure = spiral_schemes_figures.picture(points)
-    figure.savefig(settings.out / f"{name}.png", dpi=150)
-    figure.savefig(settings.out / f"{name}.svg", metadata={"Date": None})
+    outputs.write(settings.out, name, numbers, spiral_schemes_figures.picture(points))
     summary = cascade_vs_parallel.run(**_on_images(settings))
     files = (*(f"{name}.{ending}" for ending in ("jsonl", "json", "png", "svg")), *summary.files)
     words = ("Nested spirals:", *spiral_schemes_figures.words(points))

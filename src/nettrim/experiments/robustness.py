@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..pruning import prune
 from ..status import InvalidInput
-from . import curves, datasets, mnist_fc, mnist_lenet_fc
+from . import curves, datasets, mnist_fc, mnist_lenet_fc, outputs
 from .curves import METHODS
 from .datasets import Dataset
 from .journal import Journal
@@ -134,7 +134,7 @@ def run(
         "seed": seed,
     }
     total, done = len(plans) * (2 + len(pruned)), 0
-    out.mkdir(parents=True, exist_ok=True)
+    outputs.begin(out, NAME)
     found: list[Curve] = []
     with Journal(out / f"{NAME}.jsonl", header, resume=resume) as journal:
         for network, (architecture, own) in plans.items():
@@ -213,12 +213,9 @@ def run(
         largest_slack=max(slacks, default=None),
         files=tuple(f"{NAME}.{ending}" for ending in ("jsonl", "json", "png", "svg")),
     )
-    (out / f"{NAME}.json").write_text(json.dumps(summary.to_dict(), indent=1) + "\n", encoding="utf-8")
     from .robustness_figures import picture  # drawn from this module's data
 
-    figure = picture(summary)
-    figure.savefig(out / f"{NAME}.png", dpi=150)
-    figure.savefig(out / f"{NAME}.svg", metadata={"Date": None})
+    outputs.write(out, NAME, summary.to_dict(), picture(summary))
     return summary
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..status import InvalidInput
-from . import spiral_pruning, spiral_training
+from . import outputs, spiral_pruning, spiral_training
 from .journal import Journal
 from .spiral_pruning import GAMMA, WAYS, Pruned, Pruner, Scheme
 from .spiral_training import Recipe, Spirals
@@ -110,7 +110,7 @@ def spiral_points(
         "seed": seed,
     }
     plan = [(h, repeat, scheme, epsilon) for repeat in range(count) for h in sizes for scheme, grid in grids for epsilon in grid]
-    out.mkdir(parents=True, exist_ok=True)
+    outputs.begin(out, NAME)
     points = points_of(data, seed)
     pruner: tuple[tuple[int, int], Pruner] | None = None
     with Journal(out / f"{NAME}.jsonl", header, resume=resume) as journal:

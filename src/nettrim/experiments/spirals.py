@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..status import InvalidInput
-from . import spiral_pruning, spiral_training
+from . import outputs, spiral_pruning, spiral_training
 from .journal import Journal, Record
 from .spiral_pruning import LIMIT, WAYS, Points, Pruned, Pruner
 from .spiral_training import Recipe, Spirals
@@ -233,7 +233,7 @@ def run(
         "search": spiral_pruning.SEARCH,
         "seed": seed,
     }
-    out.mkdir(parents=True, exist_ok=True)
+    outputs.begin(out, NAME)
     with Journal(out / f"{NAME}.jsonl", header, resume=resume) as journal:
         units = [*networks, *(pruning for network in networks for pruning in _prunings(network, ways))]
         done = sum(unit.name in journal for unit in units)
@@ -244,12 +244,9 @@ def run(
             progress(done, len(units), f"{unit.name}, {_words(record)}")
     records = {(u.hidden, u.training, u.repeat, u.way): journal.records[u.name] for u in units}
     summary = _summarise(records, ways, seed, header)
-    (out / f"{NAME}.json").write_text(json.dumps(summary.to_dict(), indent=1) + "\n", encoding="utf-8")
     from .spirals_figures import picture  # drawn from this module's data
 
-    figure = picture(summary)
-    figure.savefig(out / f"{NAME}.png", dpi=150)
-    figure.savefig(out / f"{NAME}.svg", metadata={"Date": None})
+    outputs.write(out, NAME, summary.to_dict(), picture(summary))
     return summary
 
 

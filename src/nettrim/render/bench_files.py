@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
-from .. import checkpoint
+from .. import checkpoint, staging
 from ..deploy.bench_result import Bench
+from ..records import plain, read_json
 from ..status import InvalidInput
 from .page import page_with_bench, report_html
 
 BENCH = "bench.json"
 
 
-def check_folder(folder: str | Path, weights_hash: str) -> Path:
-    """Refuses a folder that cannot be written to, or that holds the result of another network, before any work. Raises InvalidInput."""
-    path = checkpoint.check_writable(folder)
+def check_folder(folder: str | Path, weights_hash: str, inputs: Iterable[str | Path | None] = ()) -> Path:
+    """Refuses a folder that cannot be written to, that holds the result of another network, or files of others under the names that are
+    written, before any work. Raises InvalidInput."""
+    path = staging.check_writable(folder)
+    staging.settle(path)
+    read = checkpoint.files_of(inputs)
+    staging.check([path / BENCH], "bench", inputs=read)
+    if (path / checkpoint.CERTIFICATE).is_file():
+        staging.check([path / checkpoint.PAGE], "page", inputs=read)
     if (path / checkpoint.CERTIFICATE).is_file() and checkpoint.read_certificate(path).weights_hash != weights_hash:
         raise InvalidInput(
             f"output folder {path}: it holds the result of a network with other weights than the one to measure; "
@@ -33,15 +38,12 @@ def read_bench(folder: str | Path) -> tuple[Bench | None, str]:
     Raises:
         InvalidInput: bench.json or the certificate is damaged.
     """
-    path = Path(folder) / BENCH
+    path = staging.find(folder, BENCH)
     if not path.is_file():
         return None, ""
-    try:
-        bench = Bench.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:  # InvalidInput is a ValueError
-        raise InvalidInput(f"{path}: {error}; measure it again with nettrim bench") from error
-    certified = (path.parent / checkpoint.CERTIFICATE).is_file()
-    if certified and checkpoint.read_certificate(path.parent).weights_hash != bench.weights_hash:
+    bench = read_json(path, Bench.from_dict, "measure it again with nettrim bench")
+    certified = staging.find(folder, checkpoint.CERTIFICATE).is_file()
+    if certified and checkpoint.read_certificate(folder).weights_hash != bench.weights_hash:
         return None, f"{BENCH} was measured on other weights than these and is not shown; measure again with nettrim bench"
     return bench, ""
 
@@ -53,19 +55,12 @@ def write(bench: Bench, folder: str | Path) -> list[Path]:
     place for this section, is made from the result. Raises InvalidInput.
     """
     path = check_folder(folder, bench.weights_hash)
-    made = {BENCH: json.dumps(bench.to_dict(), indent=1, allow_nan=False) + "\n"}
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=path))
-    try:
-        if (path / checkpoint.CERTIFICATE).is_file():
-            made[checkpoint.PAGE] = _page(path, bench)
+    made = {BENCH: json.dumps(staging.mark("bench") | plain(bench.to_dict())[0], indent=1, allow_nan=False) + "\n"}
+    if (path / checkpoint.CERTIFICATE).is_file():
+        made[checkpoint.PAGE] = _page(path, bench)
+    with staging.writing(path, list(made), "bench") as hidden:
         for name, text in made.items():
-            (staging / name).write_text(text, encoding="utf-8")
-        for name in made:
-            os.replace(staging / name, path / name)
-    except OSError as error:
-        raise InvalidInput(f"output folder {path}: the bench could not be written ({error}); choose another") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            (hidden / name).write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
     return [path / name for name in made]
 
 

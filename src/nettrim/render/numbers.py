@@ -23,12 +23,14 @@ def percent(share: float | None, direction: int = 0, decimals: int | None = None
     """A share as a percentage, with about three significant digits where ``decimals`` does not say otherwise."""
     if share is None:
         return NONE
-    if not math.isfinite(share):
-        return str(share)
     value = 100.0 * share
     size = abs(value)
+    if not math.isfinite(value):
+        return f"{share:g}" if not math.isfinite(share) else f"{share:.1e} times"
     if value == 0:
         return "0%"
+    if size < 1e-300:  # its power of ten would be 0
+        return f"{value:.1e}%"
     if decimals is None and size < 0.01:
         exponent = math.floor(math.log10(size))
         mantissa = _rounded(value / 10.0**exponent, 1, direction)
@@ -45,6 +47,8 @@ def number(value: float | None, direction: int = 0) -> str:
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     exponent = math.floor(math.log10(abs(value)))
+    if exponent < -300:
+        return f"{value:.3e}"
     if -4 <= exponent < 9:
         decimals = max(0, 3 - exponent)
         return f"{_rounded(value, decimals, direction):,.{decimals}f}"
@@ -72,7 +76,7 @@ def seconds_text(seconds: float | None) -> str:
 
 def duration(seconds: float) -> str:
     """A time with its unit: 4.20 s, 3 min 5 s, 2 h 10 min."""
-    if seconds < 120:
+    if seconds < 120 or not math.isfinite(seconds):
         return f"{seconds_text(seconds)} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
