@@ -157,6 +157,7 @@ def test_other_heldout_data(saved: dict[str, Path]) -> None:
 def test_new_heldout_statement(copied: Callable[[str], Path]) -> None:
     folder = copied("cascade")
     edit(folder / "certificate.json", lambda c: c.update(heldout=None))
+    (folder / "report.html").unlink()  # it shows the statement
     again = verify(folder, net(), data(), data(30, 5))
     assert again.heldout is not None and again.heldout.samples == 30
 
@@ -393,3 +394,12 @@ def test_all_problems_are_listed(copied: Callable[[str], Path]) -> None:
     edit(folder / "certificate.json", lambda c: c["layers"][0].update(distance=0.0))
     edit(folder / "certificate.json", lambda c: c["network"].update(achieved=0.0))
     refused(folder, "0: distance", "network: achieved")
+
+
+def test_a_page_made_from_other_files_is_refused(copied: Callable[[str], Path], saved: dict[str, Path]) -> None:
+    folder = copied("cascade")
+    assert verify(folder, net(), data()).not_checked
+    (folder / "report.html").write_bytes((saved["budget"] / "report.html").read_bytes())
+    refused(folder, "report.html: it was not made from this model.safetensors", "report.html: it was not made from this report.json")
+    (folder / "report.html").unlink()
+    verify(folder, net(), data())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -194,15 +196,31 @@ def save(
     report, more = plain(result.report.to_dict(), "report")
     shown = replace(result.report, notes=(*result.report.notes, *said, *more), settings=report["settings"])
     report["notes"] = list(shown.notes)
-    page = report_html(shown, result.certificate, result.masks(), comparison=comparison)
     state = state_tensors(result.model)
     added = {"added_biases": json.dumps(list(map(str, result.report.settings.get("added_biases", []))))}
     with staging.writing(path, RESULT, kind, force=force, inputs=files_of(inputs)) as hidden:
         _write_weights(state, hidden / MODEL, staging.mark(kind) | added, compressed)
         _write_json(hidden / REPORT, staging.mark(kind) | report)
         _write_json(hidden / CERTIFICATE, staging.mark(kind) | certificate)
+        page = report_html(shown, result.certificate, result.masks(), comparison=comparison, files=file_hashes(hidden))
         (hidden / PAGE).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     return path
+
+
+def file_hashes(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of the files of a result that its page shows, by name; of those that are there."""
+    found = ((name, staging.find(folder, name)) for name in (MODEL, REPORT, CERTIFICATE))
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found if path.is_file()}
+
+
+def unlike_page(folder: str | Path) -> list[str]:
+    """Files of a result that are not those that its page was made from, as sentences; none where there is no page."""
+    page = staging.find(folder, PAGE)
+    if not page.is_file():
+        return []
+    text = page.read_text(encoding="utf-8", errors="replace")
+    shown = dict(re.findall(r'<meta name="nettrim-file" content="([^" ]+) ([0-9a-f]{64})">', text))
+    return [f"{PAGE}: it was not made from this {name}" for name, digest in file_hashes(folder).items() if shown.get(name) != digest]
 
 
 def load(folder: str | Path, into: nn.Module) -> nn.Module:
@@ -361,6 +379,9 @@ def contradictions(folder: str | Path) -> list[str]:
         raw = read_json(staging.find(folder, name), dict, AGAIN)
         written = json.loads(json.dumps(made.to_dict()))
         found += [f"{name}: {place} does not follow from the other entries" for place in _unequal(raw, written)]
+        marks = [staging.mark(kind) for kind in ("result", "demo")]
+        if not any(all(raw.get(key, value) == value for key, value in mark.items()) for mark in marks):
+            found.append(f"{name}: it is not marked as a result of nettrim")
     return found
 
 

@@ -221,7 +221,7 @@ def prune(
         sample_shape=found.sample_shape,
         layers=tuple(as_certified(run.reports, certificate)),
         model=whole,
-        notes=tuple(notes),
+        notes=(*notes, *whole.notes()),
         settings=_settings(method)
         | ({"allocation": run.shares} if run.shares else {})
         | ({"sweeps": sweeps} if sweeps else {})

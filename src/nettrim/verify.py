@@ -15,7 +15,7 @@ from .attention import opened
 from .calibration import Batches, Calibration
 from .capture import Replica, device_of, hashes, random_state_kept, read_graph, reference_replica, replicate, scan
 from .certificate import Certificate, HeldOutCertificate
-from .checkpoint import contradictions, load, read_certificate, read_report
+from .checkpoint import contradictions, load, read_certificate, read_report, unlike_page
 from .corrections import corrected_graph, corrections_of
 from .heldout import certify_heldout
 from .heldout import contradictions as heldout_contradictions
@@ -43,6 +43,7 @@ _NEVER_CHECKED = (
     "settings (beyond targets and readings)",
     "reason",
     "versions",
+    "report.html (beyond the hashes of the files that it shows)",
 )
 
 
@@ -84,7 +85,7 @@ def verify(
     given, model = model, opened(model)
     select(model, names, (), given)
     place = device_of(model, device)
-    problems = contradictions(folder)
+    problems = [*contradictions(folder), *unlike_page(folder)]
     if hashes(model) != stored.reference_hash:
         problems.append("the reference model's weights are not those that the certificate was made for")
     pruned_model = opened(load(folder, copy.deepcopy(given)))

@@ -42,6 +42,15 @@ class WholeModel:
         """Zeros as a share of all parameters."""
         return self.zeros / self.parameters if self.parameters else 0.0
 
+    def notes(self) -> list[str]:
+        """What was left out in one sentence, with its share of all parameters; nothing where nothing was."""
+        if not self.left_out:
+            return []
+        share = sum(left.parameters for left in self.left_out) / self.parameters
+        named = ", ".join(f"{left.name or 'the model itself'} ({left.kind})" for left in self.left_out[:8])
+        more = f" and {len(self.left_out) - 8} more" if len(self.left_out) > 8 else ""
+        return [f"{share:.1%} of the model's parameters were not pruned: {named}{more}"]
+
 
 def whole_model(model: nn.Module, pruned: Collection[str], reasons: Mapping[str, str]) -> WholeModel:
     """What became of a whole model.

@@ -226,6 +226,8 @@ def verify_command(
     except CertificateError as error:
         if as_json:
             print_json({"verdict": "does not recompute", "holds": False, "error": str(error)})
+        else:
+            Console().print(f"NOT verified: {folder} does not recompute", highlight=False, markup=False, soft_wrap=True)
         raise
     if as_json:
         told = certificate.to_dict()
@@ -252,7 +254,7 @@ def report_command(
         staging.check([html], "page")
         state = checkpoint.read_weights(folder / checkpoint.MODEL)
         masks = {layer.name: (checkpoint.weight_of(state, layer.name) != 0).numpy() for layer in report.layers}
-        page = render.report_html(report, certificate, masks, bench=bench)
+        page = render.report_html(report, certificate, masks, bench=bench, files=checkpoint.file_hashes(folder))
         with staging.writing(html.parent, [html.name], "page") as hidden:
             (hidden / html.name).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     show(report, certificate, folder, as_json, bench=None if bench is None else bench.to_dict())

@@ -72,4 +72,4 @@ def _page(path: Path, bench: Bench) -> str:
     report, certificate = checkpoint.read_report(path), checkpoint.read_certificate(path)
     state = checkpoint.read_weights(path / checkpoint.MODEL)
     masks = {layer.name: (checkpoint.weight_of(state, layer.name) != 0).numpy() for layer in report.layers}
-    return report_html(report, certificate, masks, bench=bench)
+    return report_html(report, certificate, masks, bench=bench, files=checkpoint.file_hashes(path))

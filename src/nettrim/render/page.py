@@ -37,11 +37,13 @@ def report_html(
     title: str = "Pruning report",
     comparison: Sequence[ComparisonRow] = (),
     bench: Bench | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> str:
     """The report as one self-contained HTML page: no scripts, no requests, the same text for the same input.
 
     ``masks`` maps layer names to boolean matrices of shape (outputs, inputs), True where a weight is not zero. Layers without a
-    mask are shown without pictures. ``bench`` adds the section on size and speed.
+    mask are shown without pictures. ``bench`` adds the section on size and speed. ``files`` holds the SHA-256 of each file that the
+    page was made from, by name.
 
     Raises:
         InvalidInput: a mask is not a matrix.
@@ -79,7 +81,8 @@ def report_html(
             settings=_settings(report, certificate),
             notes=report.notes,
             versions=sorted(certificate.versions.items()),
-            hashes=_hashes(certificate),
+            hashes=_hashes(certificate) | {f"{name} (file)": digest for name, digest in (files or {}).items()},
+            files=files or {},
             ramp=", ".join(f"rgb{colour} {100 * stop:.0f}%" for stop, colour in RAMP),
             lightest=f"rgb{RAMP[0][1]}",
             darkest=f"rgb{RAMP[-1][1]}",
