@@ -26,6 +26,7 @@ import nettrim
 from nettrim import InvalidInput, checkpoint, foreign, packing, records
 from nettrim.deploy.bench_result import Bench
 from nettrim.experiments.journal import Journal
+from nettrim.layers import view
 from nettrim.render import bench_files
 from nettrim.sources import batches_from, model_from
 
@@ -277,11 +278,14 @@ def test_names_that_are_no_modules_and_factories_that_exit(text: str) -> None:
         model_from(text, None)
 
 
-def test_layers_made_in_inference_mode() -> None:
+def test_layers_made_in_inference_mode(tmp_path: Path) -> None:
+    """They are pruned as copies that can be changed; a view of the layer itself refuses what could not be written to."""
     with torch.inference_mode():
         net = nn.Sequential(nn.Linear(8, 3))
+    result = nettrim.prune(net, [torch.ones(9, 8)], nettrim.Magnitude(sparsity=0.5), progress=False)
+    assert nettrim.verify(result.save(tmp_path / "out"), net, [torch.ones(9, 8)]) is not None
     with pytest.raises(InvalidInput, match=r"made in inference mode .* outside of torch\.inference_mode"):
-        nettrim.prune(net, [torch.randn(9, 8)], nettrim.Magnitude(0.5), progress=False)
+        view("0", net[0])
 
 
 def test_records_keep_numbers_in_their_range(sound: Sound) -> None:

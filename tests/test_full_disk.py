@@ -38,7 +38,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "net.c": lambda folder: nettrim.export(network(), torch.ones(4, 64), folder / "net.c"),
     "net.onnx": lambda folder: nettrim.export(network(), torch.ones(4, 64), folder / "net.onnx"),
     "net.safetensors": lambda folder: nettrim.save_weights(network(), folder / "net.safetensors"),
-    "result": lambda folder: nettrim.prune(network(), [torch.rand(30, 64)], nettrim.Magnitude(0.5), progress=False).save(folder),
+    "result": lambda folder: nettrim.prune(network(), [torch.rand(30, 64)], nettrim.Magnitude(sparsity=0.5), progress=False).save(folder),
 }
 
 

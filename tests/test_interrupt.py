@@ -58,12 +58,23 @@ def run(folder: Path, passes: int, *arguments: str) -> subprocess.CompletedProce
 )
 def test_it_says_what_was_done_and_that_nothing_is_kept(tmp_path: Path, arguments: tuple[str, ...], passes: int, words: str) -> None:
     x = next(iter(Stops()))
-    nettrim.prune(network(), [x], nettrim.Magnitude(0.5), progress=False).save(tmp_path / "pruned")
-    nettrim.prune(network(), [x], nettrim.Magnitude(0.2), progress=False).save(tmp_path / "out")
+    nettrim.prune(network(), [x], nettrim.Magnitude(sparsity=0.5), progress=False).save(tmp_path / "pruned")
+    nettrim.prune(network(), [x], nettrim.Magnitude(sparsity=0.2), progress=False).save(tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     name, *options = arguments
     folder = [options.pop(0)] if name == "distill" else []
-    given = (name, *folder, "test_interrupt:network", "--data", "test_interrupt:batches", *options, "--output", "out", "--force")
+    given = (
+        name,
+        *folder,
+        "test_interrupt:network",
+        "--untrained",
+        "--data",
+        "test_interrupt:batches",
+        *options,
+        "--output",
+        "out",
+        "--force",
+    )
     done = run(tmp_path, passes, *given)
     assert done.returncode == 130, done.stderr
     assert "error: interrupted" in done.stderr and words in done.stderr and "Traceback" not in done.stderr
@@ -73,7 +84,7 @@ def test_it_says_what_was_done_and_that_nothing_is_kept(tmp_path: Path, argument
 
 
 def test_a_comparison_keeps_what_is_finished(tmp_path: Path) -> None:
-    given = ("compare", "test_interrupt:network", "--data", "test_interrupt:batches", "--methods", "magnitude")
+    given = ("compare", "test_interrupt:network", "--untrained", "--data", "test_interrupt:batches", "--methods", "magnitude")
     done = run(tmp_path, 14, *given, "--sparsity", "0.3", "0.5", "0.7", "0.8", "0.9", "--output", "out")
     assert done.returncode == 130 and "what is finished is kept in out" in done.stderr, done.stderr
     kept = (tmp_path / "out" / "compare.jsonl").read_text().splitlines()

@@ -34,7 +34,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "run").mkdir()
     save_file(network().state_dict(), folder / "run" / "model.safetensors", metadata={"format": "pt"})
     nettrim.export(network(), x, folder / "net.pt2")
-    nettrim.prune(network(), [x], nettrim.Magnitude(0.5), progress=False).save(folder / "pruned")
+    nettrim.prune(network(), [x], nettrim.Magnitude(sparsity=0.5), progress=False).save(folder / "pruned")
     return folder
 
 
@@ -54,9 +54,9 @@ def command(*arguments: str) -> Result:
 
 
 PRUNE = ("prune", MODEL, "--data", "data.npy", "--sparsity", "0.6", "--method", "magnitude")
-DISTILL = ("distill", "pruned", MODEL, "--data", "data.npy", "--steps", "2")
+DISTILL = ("distill", "pruned", MODEL, "--untrained", "--data", "data.npy", "--steps", "2")
 BENCH = ("bench", MODEL, "--data", "data.npy", "--weights", "pruned", "--batch-sizes", "1", "--seconds", "0.001")
-COMPARE = ("compare", MODEL, "--data", "data.npy", "--methods", "magnitude", "--sparsity", "0.5")
+COMPARE = ("compare", MODEL, "--untrained", "--data", "data.npy", "--methods", "magnitude", "--sparsity", "0.5")
 
 
 @pytest.mark.parametrize("force", [(), ("--force",)])
@@ -67,12 +67,12 @@ COMPARE = ("compare", MODEL, "--data", "data.npy", "--methods", "magnitude", "--
         (*PRUNE, "--weights", "link.safetensors", "--output", "pruned"),
         (*PRUNE, "--weights", "pruned/model.safetensors", "--output", "pruned"),
         (*PRUNE, "--weights", "pruned/model.safetensors", "--output", "linked"),
-        (*PRUNE, "--output", "run"),
+        (*PRUNE, "--untrained", "--output", "run"),
         (*DISTILL, "--output", "pruned"),
         (*DISTILL, "--output", "linked"),
         ("export", "net.pt2", "--data", "data.npy", "--output", "net.pt2"),
-        ("export", MODEL, "--data", "data.npy", "--output", "foreign.pt2"),
-        ("export", MODEL, "--data", "data.npy", "--output", "foreign.c"),
+        ("export", MODEL, "--untrained", "--data", "data.npy", "--output", "foreign.pt2"),
+        ("export", MODEL, "--untrained", "--data", "data.npy", "--output", "foreign.c"),
     ],
 )
 def test_inputs_and_files_of_others_stay(workplace: Path, arguments: tuple[str, ...], force: tuple[str, ...]) -> None:
@@ -99,15 +99,15 @@ def test_compare_leaves_files_of_others(workplace: Path, name: str) -> None:
 def test_a_result_is_replaced_only_where_the_user_says_so(workplace: Path) -> None:
     (workplace / "pruned" / "notes.txt").write_text("mine")
     before = contents(workplace / "pruned")
-    done = command(*PRUNE, "--output", "pruned")
+    done = command(*PRUNE, "--untrained", "--output", "pruned")
     assert done.exit_code == 2 and "an earlier result of nettrim is there" in done.stderr and "--force" in done.stderr
     assert contents(workplace / "pruned") == before
-    assert command(*PRUNE, "--output", "pruned", "--force").exit_code == 0
+    assert command(*PRUNE, "--untrained", "--output", "pruned", "--force").exit_code == 0
     after = contents(workplace / "pruned")
     assert after.keys() == before.keys() and after["model.safetensors"] != before["model.safetensors"] and after["notes.txt"] == b"mine"
-    assert command("export", MODEL, "--data", "data.npy", "--output", "new.pt2").exit_code == 0
-    assert "an earlier export of nettrim" in command("export", MODEL, "--data", "data.npy", "--output", "new.pt2").stderr
-    assert command("export", MODEL, "--data", "data.npy", "--output", "new.pt2", "--force").exit_code == 0
+    assert command("export", MODEL, "--untrained", "--data", "data.npy", "--output", "new.pt2").exit_code == 0
+    assert "an earlier export of nettrim" in command("export", MODEL, "--untrained", "--data", "data.npy", "--output", "new.pt2").stderr
+    assert command("export", MODEL, "--untrained", "--data", "data.npy", "--output", "new.pt2", "--force").exit_code == 0
 
 
 def test_bench_and_compare_renew_their_own(workplace: Path) -> None:
@@ -147,5 +147,5 @@ def odd() -> nn.Module:
 
 def test_a_model_that_cannot_be_saved_is_refused_before_the_work(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nettrim.cli.pruning.prune", lambda *_, **__: pytest.fail("it was pruned"))
-    done = command("prune", f"{__name__}:odd", *PRUNE[2:], "--output", "new")
+    done = command("prune", f"{__name__}:odd", "--untrained", *PRUNE[2:], "--output", "new")
     assert done.exit_code == 2 and "safetensors holds tensors only" in done.stderr

@@ -94,7 +94,7 @@ def results() -> tuple[nn.Sequential, torch.Tensor, list[PruneResult]]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
     x = torch.randn(50, 8)
-    return net, x, [nettrim.prune(net, [x], nettrim.Magnitude(share), progress=False) for share in (0.2, 0.5)]
+    return net, x, [nettrim.prune(net, [x], nettrim.Magnitude(sparsity=share), progress=False) for share in (0.2, 0.5)]
 
 
 @forked
