@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 import nettrim
 from nettrim.cli import app
 from nettrim.deploy import c_check
-from nettrim.deploy.export_program import known_warnings
 from nettrim.experiments.models import fully_connected
+from nettrim.quiet import unheard
 
 MODEL = f"{__name__}:network"
 
@@ -48,7 +48,7 @@ def command(workplace: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, e
 
 
 def ran(path: Path, x: Tensor) -> Tensor:
-    with known_warnings():
+    with unheard():
         made: Tensor = torch.export.load(path).module()(x)
     return made.detach()
 

@@ -16,6 +16,7 @@ from nettrim.calibration import state_hash
 from nettrim.deploy import export_onnx, export_program
 from nettrim.experiments import zoo
 from nettrim.experiments.models import fully_connected
+from nettrim.quiet import unheard
 from nettrim.solvers.reference import MissingExtra
 from nettrim.status import InvalidInput, NetTrimError
 
@@ -56,7 +57,7 @@ def ran(path: Path, x: Tensor) -> Tensor:
     if path.suffix == ".onnx":
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
-    with export_program.known_warnings():
+    with unheard():
         made: Tensor = torch.export.load(path).module()(x)
     return made.detach()
 

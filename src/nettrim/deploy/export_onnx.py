@@ -14,11 +14,11 @@ import torch
 
 from .. import staging
 from ..outputs import Outputs, largest_difference, outputs_of
-from ..quiet import quiet
+from ..quiet import quiet, unheard
 from ..solvers.reference import MissingExtra
 from ..status import InvalidInput
 from .export_common import allowed, check_output, ran, refuse_different, resized, start
-from .export_program import known_warnings, traced
+from .export_program import traced
 from .export_result import Exported
 
 TOLERANCE = 1e-4
@@ -46,7 +46,7 @@ def export_onnx(model: object, example: Any, path: str | Path, force: bool = Tru
     program, sizes, notes = traced(twin, inputs)
     tolerance, worst = allowed(twin.model, TOLERANCE), 0.0
     try:
-        with known_warnings(), quiet(REMARKS), torch.no_grad():
+        with unheard(), quiet(REMARKS), torch.no_grad():
             made = torch.onnx.export(program, dynamo=True, verbose=False)
         assert made is not None
         proto = made.model_proto

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 from .. import staging
 from ..capture import Replica
 from ..outputs import largest_difference, outputs_of
+from ..quiet import unheard
 from ..status import InvalidInput
 from .export_common import allowed, batched, check_output, copied, count, ran, refuse_different, resized, start
 from .export_result import Exported
@@ -30,7 +29,7 @@ def export_program(model: object, example: Any, path: str | Path, force: bool = 
     program, sizes, notes = traced(twin, inputs)
     tolerance, worst = allowed(twin.model, TOLERANCE), 0.0
     data = io.BytesIO()  # torch's own writer ends the whole process where a disk is full
-    with known_warnings():
+    with unheard():
         torch.export.save(program, data, extra_files={staging.PRODUCER: "export"})
         data.seek(0)
         loaded = torch.export.load(data).module()
@@ -92,16 +91,8 @@ def _program(twin: Replica, inputs: Any, least: int | None, along: Any) -> Expor
         shapes = ({0: dim},)
         if named is not None:
             shapes = {key: {0: dim} if along[key] else None for key in named}
-    with torch.no_grad(), known_warnings():
+    with torch.no_grad(), unheard():
         return torch.export.export(twin.model, positional, named, dynamic_shapes=shapes)
-
-
-@contextmanager
-def known_warnings() -> Iterator[None]:
-    """Torch's own use of what it has deprecated itself, which a caller can do nothing about."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
-        yield
 
 
 def _first(error: BaseException) -> str:
