@@ -25,12 +25,12 @@ METHODS: list[Any] = [
     NetTrim(epsilon=0.1, program="halfspace", max_iterations=200),
     NetTrim(penalty=0.1, program="halfspace", max_iterations=50),
     Magnitude(sparsity=0.5),
-    Random(0.5),
-    Wanda(0.5),
-    OBS(0.5),
-    SparseGPT(0.5),
-    LinearADMM(0.5),
-    LOBS(0.5, damping=1e-3),
+    Random(sparsity=0.5),
+    Wanda(sparsity=0.5),
+    OBS(sparsity=0.5),
+    SparseGPT(sparsity=0.5),
+    LinearADMM(sparsity=0.5),
+    LOBS(sparsity=0.5, damping=1e-3),
 ]
 
 
@@ -133,13 +133,13 @@ class Failing(Magnitude):
 
 def test_a_layer_that_cannot_be_solved_does_not_cost_those_that_were(tmp_path: Path) -> None:
     net, x = network(), torch.randn(30, 5)
-    result = pruned_and_verified(net, x, Failing(0.5), tmp_path)
+    result = pruned_and_verified(net, x, Failing(sparsity=0.5), tmp_path)
     assert [layer.status for layer in result.report.layers] == [Status.CONVERGED, Status.SKIPPED, Status.CONVERGED]
     assert "it could not be solved (no inverse): left as it was" in result.report.layers[1].notes
     assert not result.certificate.holds and torch.equal(result.model[2].weight, net[2].weight)
     Failing.fails = "0"
     with pytest.raises(nettrim.InvalidInput, match="no inverse"):  # nothing is lost yet
-        prune(net, [x], Failing(0.5), progress=False)
+        prune(net, [x], Failing(sparsity=0.5), progress=False)
 
 
 @pytest.mark.parametrize("last", [1, 3])

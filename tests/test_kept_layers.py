@@ -18,9 +18,9 @@ NONE = [
     NetTrim(sparsity=0.0, effort="quick"),
     NetTrim(sparsity=0.0, importance="uniform"),
     NetTrim(epsilon=0.0),
-    *(kind(0.0) for kind in (Magnitude, Random, Wanda, OBS, SparseGPT, LinearADMM, LOBS)),
+    *(kind(sparsity=0.0) for kind in (Magnitude, Random, Wanda, OBS, SparseGPT, LinearADMM, LOBS)),
 ]
-HALF = [NetTrim(sparsity=0.5), *(kind(0.5) for kind in (Magnitude, Random, Wanda, OBS, SparseGPT, LinearADMM, LOBS))]
+HALF = [NetTrim(sparsity=0.5), *(kind(sparsity=0.5) for kind in (Magnitude, Random, Wanda, OBS, SparseGPT, LinearADMM, LOBS))]
 
 
 class Net(nn.Module):
@@ -81,7 +81,7 @@ def test_weights_that_are_within_the_budget_already_stay(method: Any, tmp_path: 
 @pytest.mark.parametrize("pattern", ["2:4", "rows", "columns", "2x2"])
 def test_weights_that_keep_to_the_pattern_already_stay(pattern: str) -> None:
     net, x = network(torch.float32)
-    pruned = prune(net, [x], Magnitude(0.5, pattern=pattern), layers=["c"], progress=False).model
+    pruned = prune(net, [x], Magnitude(sparsity=0.5, pattern=pattern), layers=["c"], progress=False).model
     again = prune(pruned, [x], NetTrim(sparsity=0.5, pattern=pattern), layers=["c"], progress=False)
     assert same(again.model, pruned)
     others = prune(net, [x], NetTrim(sparsity=0.0, pattern="2:4"), layers=["c"], progress=False)

@@ -145,7 +145,7 @@ def test_a_layer_whose_new_weights_overflow_the_network_is_left_as_it_was(tmp_pa
         net.c.weight[:, 0], net.c.weight[:, 1] = 120, -119
     x = torch.randn(60, 16)
     assert float(net.a(x.half())[:, 0].detach().float().max()) * 120 > 1e5
-    result = prune(net, [x], Magnitude({"a": 0.1, "c": 1 - 4 / 128}), scheme="parallel", progress=False)
+    result = prune(net, [x], Magnitude(sparsity={"a": 0.1, "c": 1 - 4 / 128}), scheme="parallel", progress=False)
     assert [layer.status for layer in result.report.layers] == [Status.CONVERGED, Status.SKIPPED]
     assert any("leaves the range of its own dtype" in note for note in result.report.layers[1].notes)
     assert torch.equal(result.model.c.weight, net.c.weight) and bool(torch.isfinite(result.model(x)).all())

@@ -35,12 +35,12 @@ METHODS: list[Any] = [
     NetTrim(penalty=0.3, program="halfspace", max_iterations=50),
     NetTrim(pattern="2:4", max_iterations=10),
     Magnitude(sparsity=0.5),
-    Random(0.5),
-    Wanda(0.5),
-    OBS(0.5),
-    SparseGPT(0.5),
-    LinearADMM(0.5),
-    LOBS(0.3, damping=1.0),
+    Random(sparsity=0.5),
+    Wanda(sparsity=0.5),
+    OBS(sparsity=0.5),
+    SparseGPT(sparsity=0.5),
+    LinearADMM(sparsity=0.5),
+    LOBS(sparsity=0.3, damping=1.0),
 ]
 
 

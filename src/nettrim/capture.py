@@ -296,8 +296,9 @@ class Scan:
     data_hash: str = ""
 
 
-def scan(reference: Replica, names: Sequence[str], batches: Calibration) -> Scan:
-    """The first pass: refuses NaN or inf inside the network and layers that do not compute ``x W + b``, counts rows, hashes the data."""
+def scan(reference: Replica, names: Sequence[str], batches: Calibration, largest: float = LARGEST) -> Scan:
+    """The first pass: refuses NaN or inf inside the network, values above ``largest``, and layers that do not compute ``x W + b``; counts
+    rows, hashes the data."""
     result = Scan()
     views = reference.views(names)
     digest = hashlib.sha256()
@@ -312,7 +313,7 @@ def scan(reference: Replica, names: Sequence[str], batches: Calibration) -> Scan
                 raise InvalidInput(
                     f"{batches.what}: batch {number} makes layer {name!r} put out NaN or inf; check its weights and the data"
                 )
-            _refuse_too_large((call.x, call.y), f"{batches.what}: batch {number}: the inputs and outputs of layer {name!r}")
+            _refuse_too_large((call.x, call.y), largest, f"{batches.what}: batch {number}: the inputs and outputs of layer {name!r}")
             rows = call.y.numel() // views[name].shape[1]
             if rows and not result.rows.get(name):
                 _check_affine(views[name], call, reference.precision)
@@ -336,7 +337,7 @@ def scan(reference: Replica, names: Sequence[str], batches: Calibration) -> Scan
                 raise InvalidInput(
                     f"{batches.what}: the network puts out NaN or inf on batch {number}{where}; check its weights and the data"
                 )
-            _refuse_too_large([value], f"{batches.what}: batch {number}: the network's outputs")
+            _refuse_too_large([value], largest, f"{batches.what}: batch {number}: the network's outputs")
         if number == 1:
             result.sample_shape = data.sample_shape(batch)
         result.order += [name for name in dict.fromkeys(order) if name not in result.order]
@@ -345,11 +346,11 @@ def scan(reference: Replica, names: Sequence[str], batches: Calibration) -> Scan
     return result
 
 
-def _refuse_too_large(tensors: Iterable[Tensor], what: str) -> None:
+def _refuse_too_large(tensors: Iterable[Tensor], largest: float, what: str) -> None:
     """Refuses values whose squares cannot be summed in float64."""
-    largest = max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)
-    if largest > LARGEST:
-        raise InvalidInput(f"{what} must be at most {LARGEST:g} in size, found {largest:.3g}; scale the weights or the data")
+    found = max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)
+    if found > largest:
+        raise InvalidInput(f"{what} must be at most {largest:g} in size, found {found:.3g}; scale the weights or the data")
 
 
 def _check_affine(layer: LayerView, call: Call, precision: float) -> None:

@@ -115,7 +115,7 @@ def normalise(model: nn.Module, example: Batches) -> LinkNormalised:
         reference, notice = reference_replica(model, place, first)
         if notice:
             raise InvalidInput(f"normalise works in float64: {notice}; let the model accept float64 inputs")
-        found = scan(reference, names, batches)
+        found = scan(reference, names, batches, math.inf)  # nothing is squared
         for name in names:
             if name not in found.order:
                 raise InvalidInput(f"layer {name!r} is never called on the example: remove it from the model, or give inputs that reach it")
