@@ -187,7 +187,9 @@ class Rows:
         if inverse == "recursion":
             G = recursive_inverse(extended[:, :n], program.rows, damping)
         else:
-            G = torch.cholesky_inverse(torch.linalg.cholesky_ex(H).L)
+            factor = torch.linalg.cholesky_ex(H).L
+            # torch raises for a zero on the diagonal, and for nothing else that is no inverse
+            G = torch.cholesky_inverse(factor) if bool((factor.diagonal() > 0).all()) else torch.full_like(H, torch.nan)
         residual = H @ G
         residual.diagonal().sub_(1)
         if not float(residual.abs().max()) <= INVERTED:  # a nan is no inverse
