@@ -241,3 +241,17 @@ def test_a_batch_norm_behind_two_layers_belongs_to_neither(scheme: Any, tmp_path
     result = prune(net, [x], NetTrim(epsilon=0.1), scheme=scheme, progress=False)
     assert torch.equal(result.model.n.bias, net.n.bias) and result.certificate.holds
     verify(result.save(tmp_path), net, [x])
+
+
+def test_what_is_asked_of_a_grouped_layer_is_asked_of_it_as_a_whole(tmp_path: Any) -> None:
+    """Whether pruning has moved a layer's inputs decides its tolerance under gamma: not for one group so and for another otherwise."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(2, 4, 1), nn.ReLU(), nn.Conv1d(4, 4, 1, groups=2)).eval()
+    with torch.no_grad():
+        net[0].weight[2:] = 0.0  # the second group sees constants, which pruning leaves
+        net[0].bias[2:] = 1.0
+    x = torch.randn(8, 2, 10)
+    result = prune(net, [x], NetTrim(epsilon=0.2, gamma=1.3), progress=False)
+    said, layer = result.report.layers[1], result.certificate.layers[1]
+    assert said.target.startswith("inflation") and layer.tolerance == pytest.approx(1.3**0.5 * layer.original_distance, rel=1e-5)
+    verify(result.save(tmp_path), net, [x])

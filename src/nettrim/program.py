@@ -21,6 +21,7 @@ from .status import InvalidInput
 LEAST_IMPORTANCE = 1e-3  # of the mean: outputs that seem to count for nothing on these data still have to be near
 BLOCK_ENTRIES = 1 << 16  # entries of one block of rows: 512 KiB in float64
 SMALL, LARGE = 1e-12, 1e15  # between these, sums of squares keep float32's precision
+MOVED = 8  # units of rounding of the layer's dtype
 CUT = 1e-13  # eigenvalues of a Gram matrix below this share of the largest are rounding
 
 
@@ -37,6 +38,7 @@ class LayerProgram:
     the batch-norm that ``weights`` and ``bias`` have taken in, if any. ``importance`` (M,) says how much a squared error of each output
     counts for the network's outputs, where that is known; no distance that is stated contains it. ``rounding`` times the squared
     distance from ``weights`` is what compression can have lost of a squared distance, to second order; it is added to what is stated.
+    ``part_of_moved`` and ``part_of_linear`` say what ``is_moved`` and ``is_linear`` are of a whole layer that has several programs.
     """
 
     inputs: Tensor
@@ -54,6 +56,8 @@ class LayerProgram:
     fold: Fold | None = None
     rounding: float = 0.0
     importance: Tensor | None = None
+    part_of_moved: bool | None = None
+    part_of_linear: bool | None = None
 
     def __post_init__(self) -> None:
         if self.inputs.ndim != 2 or self.weights.ndim != 2:
@@ -116,12 +120,19 @@ class LayerProgram:
         """The distance of the layer's own weights."""
         return self.distance(self.weights, self.bias)
 
+    @property
+    def is_linear(self) -> bool:
+        """True when every box of the layer is a single point."""
+        return self.is_point if self.part_of_linear is None else self.part_of_linear
+
     def is_moved(self) -> bool:
         """Whether the inputs are not the reference network's any more: the layer's own weights then miss the reference output.
 
         Distances that rounding to the layer's dtype could give count as none.
         """
-        return self.original_distance() > 8 * torch.finfo(self.dtype).eps * self.reference_norm
+        if self.part_of_moved is not None:
+            return self.part_of_moved
+        return self.original_distance() > MOVED * torch.finfo(self.dtype).eps * self.reference_norm
 
 
 def from_rows(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .methods.targets import kept_weights, shares
 from .preimage import nearest_point
-from .program import LayerProgram, Moments, dead_inputs, from_boxes
+from .program import MOVED, LayerProgram, Moments, dead_inputs, from_boxes
 from .solution import Solution
 from .status import Status
 from .units import Unit
@@ -172,4 +172,9 @@ class TaskBuilder:
                     unreachable=program.unreachable + float(self.cut_square[of_program].sum()),
                 )
             )
+        if len(programs) > 1:  # what is asked of a layer is asked of it as a whole
+            distance = math.hypot(*(p.original_distance() for p in programs))
+            moved = distance > MOVED * torch.finfo(self.dtype).eps * math.hypot(*(p.reference_norm for p in programs))
+            linear = all(p.is_point for p in programs)
+            programs = [replace(p, part_of_moved=moved, part_of_linear=linear) for p in programs]
         return LayerTask(tuple(programs), tuple(columns for _, columns in self.groups), self.W, self.b, self.filled)

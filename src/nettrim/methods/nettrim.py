@@ -215,7 +215,7 @@ class NetTrim:
             distance,
             0,
             tolerance=tolerance,
-            tolerance_used=max(tolerance, distance),
+            tolerance_used=tolerance if met else distance,
             gap=0.0 if self.chosen_norm == "l1" else None,
             notes=() if met else (note,),
         )
@@ -240,7 +240,7 @@ class NetTrim:
         gamma = None if self.gamma is None else target_for(self.gamma, program.name)
         if gamma is None or not program.is_moved():
             return None
-        return math.sqrt(gamma) * (self.kappa if program.is_point else 1.0)
+        return math.sqrt(gamma) * (self.kappa if program.is_linear else 1.0)
 
     def _published(self, program: LayerProgram, target: float, factor: float | None, watch: Watch | None) -> Solution:
         settings = published.Settings(self.gap, self._l1_iterations(), watch)
