@@ -157,7 +157,7 @@ def test_random_weights_are_not_pruned_without_a_word(place: Path) -> None:
         more = ("--share", "0.5") if name[0] == "bound" else ("--output", "other")
         assert "--untrained" in run(*name, *DATA, *more, expect=2).output
     torch.save(made_by(MODEL, "model").state_dict(), place / "w.pt")
-    assert "leave out one" in run(*given, "--weights", "w.pt", "--untrained", expect=2).output
+    assert "leave out one" in run(*given, "--force", "--weights", "w.pt", "--untrained", expect=2).output
 
 
 def test_weights_of_a_compiled_model_are_read_and_said(place: Path) -> None:

@@ -177,7 +177,7 @@ def test_wanda_and_magnitude_take_the_best_of_each_group() -> None:
             for column, own in zip((part != 0).T, scores.T, strict=True):
                 assert set(column.nonzero().flatten().tolist()) == set(own.topk(2).indices.tolist())
         assert torch.equal(W[W != 0], p.weights[W != 0])
-        rows = method(0.5, pattern="rows").solve(p, 0.5).weights
+        rows = method(sparsity=0.5, pattern="rows").solve(p, 0.5).weights
         assert set((rows != 0).any(0).nonzero().flatten().tolist()) == set(score.square().sum(0).topk(3).indices.tolist())
 
 

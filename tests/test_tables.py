@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NUMBER = re.compile(r"\W*\d[\d.,]*( ?(%|x|MiB|KiB|s))?\W*")
-COMMAND = re.compile(r"python benchmarks/|nettrim reproduce|nettrim\.experiments")
+COMMAND = re.compile(r"python benchmarks/|nettrim reproduce|nettrim\.(experiments|foreign)")
 
 
 @pytest.fixture(scope="module")
