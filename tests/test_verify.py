@@ -403,3 +403,40 @@ def test_a_page_made_from_other_files_is_refused(copied: Callable[[str], Path], 
     refused(folder, "report.html: it was not made from this model.safetensors", "report.html: it was not made from this report.json")
     (folder / "report.html").unlink()
     verify(folder, net(), data())
+
+
+def test_another_request_that_fits_everything_is_named_as_not_checked(copied: Callable[[str], Path]) -> None:
+    """What was asked for stands in no weights: files that were changed together in all places can ask for less, or for nothing."""
+    folder = copied("out of reach")
+
+    def certificate(c: dict[str, Any]) -> None:
+        for layer in c["layers"]:
+            layer.update(tolerance=None, gap=None, gap_kind="", gap_level=0.0, met=True, holds=True, theorem=None)
+        c["network"].update(bound_from_tolerances=None, bound_link_normalised=None)
+        c.update(method=c["method"] + ", fine-tuned", verdict="holds", met=True, holds=True)
+
+    def report(c: dict[str, Any]) -> None:
+        for layer in c["layers"]:
+            layer.update(tolerance=None, relative_tolerance=None, gap=None, target=layer["target"] + ", fine-tuned")
+        c.update(method=c["method"] + ", fine-tuned")
+
+    edit(folder / "certificate.json", certificate)
+    edit(folder / "report.json", report)
+    (folder / "report.html").unlink()
+    again = verify(folder, net(), data())
+    assert again.holds and again.not_checked is not None
+    assert any(text.startswith("what was asked for (method") for text in again.not_checked)
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_a_tolerance_of_zero_that_is_met_up_to_rounding_verifies(tmp_path: Path, seed: int) -> None:
+    """Behind a batch-norm that multiplies all by zero, a distance of rounding alone takes the place of a tolerance of zero."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.LeakyReLU(), nn.Linear(6, 3)).eval()
+    nn.init.zeros_(model[1].weight)  # type: ignore[arg-type]
+    for values in (model[1].bias, model[1].running_mean):
+        nn.init.normal_(values)  # type: ignore[arg-type]
+    nn.init.uniform_(model[1].running_var, 0.2, 2.0)  # type: ignore[arg-type]
+    x = torch.randn(50, 4)
+    result = nettrim.prune(model, x, NetTrim(epsilon=0.0), scheme="parallel", progress=False)
+    assert result.certificate.holds and verify(result.save(tmp_path / "result"), model, x) == result.certificate

@@ -14,7 +14,8 @@ from . import preimage
 from .attention import opened
 from .calibration import Batches, Calibration
 from .capture import Replica, device_of, hashes, random_state_kept, read_graph, reference_replica, replicate, scan
-from .certificate import Certificate, HeldOutCertificate
+from .certificate import Certificate, HeldOutCertificate, LayerCertificate
+from .certificate import within as within_rounding
 from .checkpoint import contradictions, load, read_certificate, read_report, unlike_page
 from .corrections import corrected_graph, corrections_of
 from .heldout import certify_heldout
@@ -34,6 +35,7 @@ from .wrappers import takes_models
 
 # what nothing here can tell, by the names of fields; see also _not_checked
 _NEVER_CHECKED = (
+    "what was asked for (method, program, targets, tolerances, budgets, seed, max_samples: only that they fit one another)",
     "seconds",
     "iterations",
     "status (beyond what was met)",
@@ -256,6 +258,11 @@ _LAYER_NUMBERS = ("reference_norm", "distance", "distance_all_rows", "discrepanc
 _NETWORK_NUMBERS = ("reference_norm", "bound", "bound_from_tolerances", "bound_link_normalised", "achieved", "agreement", "rounding")
 
 
+def _instead(level: float, tolerance: float, layer: LayerCertificate) -> bool:
+    """Whether a level can be what was aimed at in the place of a tolerance: above it, and by no more than rounding where it is met."""
+    return level > tolerance and (not layer.met or within_rounding(level, tolerance, layer.reference_norm))
+
+
 def _compare(stored: Certificate, again: Certificate) -> list[str]:
     """Where the stored certificate is not the recomputed one.
 
@@ -274,8 +281,8 @@ def _compare(stored: Certificate, again: Certificate) -> list[str]:
         own = AGREEMENT + 2 * new.rounding / new.reference_norm if new.reference_norm > 0 else AGREEMENT
         problems += differences(old.name, old.__dict__, new.__dict__, _LAYER_NUMBERS, scale=new.reference_norm, agreement=own)
         problems += differences(old.name, old.__dict__, new.__dict__, ("gap",), agreement=agreement)
-        beyond = not new.met and old.tolerance is not None and old.gap_level > old.tolerance  # what was aimed at instead
-        if old.gap_kind == "epsilon" and old.gap_level != old.tolerance and not beyond:
+        aimed = old.tolerance is not None and (old.gap_level == old.tolerance or _instead(old.gap_level, old.tolerance, new))
+        if old.gap_kind == "epsilon" and not aimed:
             problems.append(f"{old.name}: gap_level is {old.gap_level}, but the tolerance is {old.tolerance}")
         if not old.gap_kind and old.gap_level:
             problems.append(f"{old.name}: gap_level is {old.gap_level}, but there is no gap")
