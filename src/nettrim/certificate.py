@@ -207,8 +207,13 @@ class HeldOutCertificate:
 
     @property
     def predicted_words(self) -> str:
-        """``predicted class``, or ``predictions`` where a unit has several."""
+        """``predicted class``, or ``predictions`` where a unit has several.
+
+        Where no labels fit, nothing says that an output's entries are scores of classes: ``largest entry``, or ``largest entries``.
+        """
         one = self.predictions is None or self.predictions == self.counted
+        if self.accuracy_before is None and self.integer_changes is None:
+            return "largest entry" if one else "largest entries"
         return "predicted class" if one and self.integer_changes is None else "predictions"
 
     @property

@@ -24,27 +24,32 @@ def result_text(report: PruneReport, certificate: Certificate, following: str = 
 
 def _outputs(certificate: Certificate) -> str:
     """How right or how like the trained network the pruned one is: of labels, classes and distances, the first two that are known."""
+    from .render.numbers import percent  # presentation stays in render
+
     heldout, network = certificate.heldout, certificate.network
     found = []
     if heldout is not None and heldout.accuracy_before is not None and heldout.accuracy_after is not None:
         found.append(f"accuracy {heldout.accuracy_before:.2%} -> {heldout.accuracy_after:.2%} on {heldout.labelled_words}")
     if heldout is not None and heldout.class_changes is not None:
-        same = 1 - heldout.class_changes / heldout.counted
-        found.append(f"same {heldout.predicted_words} for {same:.2%} of {heldout.units_words}")
+        same = percent(1 - heldout.class_changes / heldout.counted, -1, decimals=2)
+        found.append(f"same {heldout.predicted_words} for {same} of {heldout.units_words}")
     elif network.agreement is not None:
-        found.append(f"same predicted class for {network.agreement:.2%} of {network.rows:,} calibration rows")
+        words = "predicted class" if heldout is not None and heldout.accuracy_before is not None else "largest entry"
+        found.append(f"same {words} for {percent(network.agreement, -1, decimals=2)} of {network.rows:,} calibration rows")
     if network.reference_norm > 0:
-        found.append(f"moved by {network.achieved / network.reference_norm:.2%} of their norm on the calibration data")
+        found.append(f"moved by {percent(network.achieved / network.reference_norm)} of their norm on the calibration data")
     else:
         found.append(f"moved by {network.achieved:.4g} (the trained network puts out zero on the calibration data)")
     return "; ".join(found[:2])
 
 
 def _zeros(report: PruneReport) -> str:
+    from .render.numbers import percent  # presentation stays in render
+
     whole = report.model
     return (
-        f"{whole.zero_share:.1%} of the model's {whole.parameters:,} parameters "
-        f"({1 - report.density:.1%} of the {report.weights:,} weights of {len(report.layers)} pruned layers)"
+        f"{percent(whole.zero_share, -1, decimals=1)} of the model's {whole.parameters:,} parameters "
+        f"({percent(1 - report.density, -1, decimals=1)} of the {report.weights:,} weights of {len(report.layers)} pruned layers)"
     )
 
 
@@ -55,7 +60,8 @@ def _left_out(report: PruneReport) -> str:
     if len(largest) > SHOWN:
         rest = largest[SHOWN:]
         named.append(f"{len(rest)} more modules ({sum(left.parameters for left in rest):,} parameters; all in report.model.left_out)")
-    return "; ".join(named) or f"nothing but {whole.vectors:,} parameters of biases, norms and other vectors"
+    vectors = f" but {whole.vectors:,} parameters of biases, norms and other vectors" if whole.vectors else ""
+    return "; ".join(named) or f"nothing{vectors}"
 
 
 def _warnings(report: PruneReport) -> str:

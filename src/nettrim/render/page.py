@@ -261,7 +261,8 @@ def _tiles(report: PruneReport, certificate: Certificate) -> list[tuple[str, str
         tiles.append((f"Same {heldout.predicted_words}", same, f"of {heldout.units_words}; {heldout.class_changes:,} changed"))
     elif network.agreement is not None:
         same = percent(network.agreement, -1, decimals=2)
-        tiles.append(("Same predicted class", same, f"of {plural(network.rows, 'calibration row')}"))
+        words = "predicted class" if heldout is not None and heldout.accuracy_before is not None else "largest entry"
+        tiles.append((f"Same {words}", same, f"of {plural(network.rows, 'calibration row')}"))
     achieved, bound = share_of(network.achieved, network.reference_norm), share_of(network.bound, network.reference_norm)
     detail = "no bound proven" if bound is None else f"proven: at most {percent(bound, +1)}"
     tiles.append(("Discrepancy of the output", percent(achieved), f"{detail}; calibration rows"))

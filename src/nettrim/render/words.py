@@ -177,10 +177,10 @@ def _network_words(certificate: Certificate) -> list[str]:
     if others:
         words.append(f"The bound stated in other ways: {'; '.join(others)}.")
     if network.agreement is not None:
-        where = f", the largest entry along {clean(network.classes)}" if network.classes else ""
+        where = f" along {clean(network.classes)}" if network.classes else ""
         words.append(
-            f"On {percent(network.agreement, -1, decimals=2)} of these rows both networks predict the same class{where} (counted, not a "
-            "bound)."
+            f"On {percent(network.agreement, -1, decimals=2)} of these rows both networks have their largest entry{where} at the same "
+            "place: the predicted class, where these are scores of classes (counted, not a bound)."
         )
     if network.changed:
         entries = "" if not network.integer_changes else f", {network.integer_changes:,} entries of integer or boolean outputs in all"
@@ -229,7 +229,7 @@ def _trained_words(certificate: Certificate) -> list[str]:
 
 def _changes_words(heldout: HeldOutCertificate) -> str:
     """What happens to a unit whose prediction changes."""
-    if heldout.predicted_words == "predicted class":
+    if heldout.predicted_words in ("predicted class", "largest entry"):
         return "the predicted class changes"
     more = "" if heldout.integer_changes is None else " or an entry of an integer output"
     return f"any predicted class{more} of a {heldout.unit} changes"
@@ -244,7 +244,8 @@ def _heldout_words(certificate: Certificate) -> list[str]:
         ]
     words = _proven_words(heldout) if heldout.unit == "sample" else _counted_words(heldout)
     if heldout.classes:
-        words.append(f"A predicted class is the largest entry along {clean(heldout.classes)}.")
+        untold = "; no labels say whether these are scores of classes" if heldout.accuracy_before is None else ""
+        words.append(f"A predicted class is the largest entry along {clean(heldout.classes)}{untold}.")
     elif heldout.classes_reason:
         words.append(f"No changes of a predicted class are stated: {clean(heldout.classes_reason)}.")
     if heldout.predictions is not None and heldout.predictions_changed is not None and heldout.predictions != heldout.counted:
