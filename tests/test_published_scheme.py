@@ -121,6 +121,35 @@ def test_saved_results_verify_and_a_changed_tolerance_does_not(tmp_path: Path) -
             nettrim.verify(folder, network(), samples())
 
 
+class Halves(nn.Module):
+    """A grouped convolution whose first group sees inputs as they are, the second one inputs that pruning moved."""
+
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.a, self.b, self.last = nn.Conv1d(2, 4, 3), nn.Conv1d(6, 4, 1, groups=2), last
+        nn.init.constant_(self.b.bias, 0.3)  # type: ignore[arg-type]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.a(x))
+        return self.last(self.b(torch.cat([x[..., 2:], x[..., 2:3].repeat_interleave(y.shape[-1], -1)[:, :1], y[:, :3]], 1)))
+
+
+@pytest.mark.parametrize("last", [nn.Identity(), nn.ReLU()], ids=["linear", "relu"])
+@pytest.mark.parametrize("program", ["preimage", "halfspace"])
+def test_groups_share_one_target(last: nn.Module, program: str, tmp_path: Path) -> None:
+    """Of a layer of which pruning moved one group's inputs alone, the other group's tolerance comes from gamma too."""
+    model, x = Halves(last).eval(), torch.randn(20, 2, 8, generator=torch.Generator().manual_seed(0))
+    method = NetTrim(epsilon=0.5, gamma=1.1, kappa=0.97, program=program, gap=0.05)  # type: ignore[arg-type]
+    result = nettrim.prune(model, x, method, progress=False)
+    layer = result.report.layers[1]
+    factor = math.sqrt(1.1) * (0.97 if isinstance(last, nn.Identity) else 1.0)
+    assert layer.name == "b" and layer.target == f"inflation {factor!r}" and layer.tolerance is not None
+    if program == "preimage":
+        assert layer.tolerance == pytest.approx(factor * layer.original_distance, rel=1e-5)
+    nettrim.verify(result.save(tmp_path / "result"), model, x)
+
+
 def test_published_program_reports_its_violation() -> None:
     result = pruned(NetTrim(epsilon=0.1, program="halfspace"), "parallel")
     for layer in result.report.layers[:-1]:

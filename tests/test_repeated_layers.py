@@ -83,6 +83,18 @@ def test_every_stated_bound_is_true(walk: tuple[Walk, Tensor], method: Any, sche
         assert bound is None or moved_last <= bound * (1 + 1e-9) + 1e-9 * float(last.norm())
 
 
+@pytest.mark.parametrize("program", ["preimage", "halfspace"])
+def test_a_multiple_of_a_distance_that_moves_is_not_claimed(program: Any, tmp_path: Any) -> None:
+    """In a cascade, how far a repeated layer's original weights are off depends on what the layer has become."""
+    torch.manual_seed(0)
+    net, x = Walk([0, 1, 1, 2], True, False).eval(), torch.randn(30, WIDTH)
+    result = prune(net, [x], NetTrim(epsilon=0.2, gamma=1.1, program=program, gap=0.05), progress=False)
+    repeated, last = result.certificate.layers[1], result.certificate.layers[2]
+    assert repeated.name == "layers.1" and repeated.tolerance is None and last.tolerance is not None
+    assert any("the distance that gamma multiplies moved" in note for note in result.report.layers[1].notes)
+    verify(result.save(tmp_path), net, [x])
+
+
 @pytest.mark.parametrize("scheme", ["cascade", "parallel"])
 def test_a_layer_that_is_called_twice_is_saved_and_verified(scheme: Any, tmp_path: Any) -> None:
     torch.manual_seed(0)

@@ -49,9 +49,9 @@ def unlike(report: PruneReport, stored: Certificate, pruned: nn.Module, found: S
         problems += differences(f"report, {layer.name}", said.__dict__, layer.__dict__, numbers, exact=True)
         if said.status.ok and not layer.met and not said.target.endswith(TUNED):  # the status is that of the solver, long ago
             problems.append(f"report, {said.name}: its status is {said.status.value!r}, but it does not meet what was asked of it")
-        unclaimed = report.settings.get("correction", 1) != 1 or bool(
-            graph.feeding(layer.name, [other.name for other in report.layers[place + 1 :]])
-        )
+        moving = said.target.startswith("inflation") and found.calls[layer.name] > 1  # its original distance is not what it was
+        later = [other.name for other in report.layers[place + 1 :]]
+        unclaimed = moving or report.settings.get("correction", 1) != 1 or bool(graph.feeding(layer.name, later))
         problems += _target(said, layer, report.settings, unclaimed=unclaimed, exact=stored.program == "preimage")
     return problems + _whole(report, pruned)
 

@@ -283,7 +283,10 @@ class Run:
             notes.append(
                 f"its sum is changed by {', '.join(later)}, pruned after it: what is certified of the sum stands with the last of them"
             )
-        exact = self.scheme == "parallel" or (self.method.correction == 1 and not later)
+        moving = calls > 1 and solution.inflation is not None  # only in a cascade
+        if moving:
+            notes.append("the distance that gamma multiplies moved while it was pruned, so the certificate states only what was achieved")
+        exact = self.scheme == "parallel" or (self.method.correction == 1 and not later and not moving)
         if self.scheme == "cascade" and self.method.correction != 1 and solution.tolerance is not None:
             notes.append("correction below 1: the tolerance was kept to a shifted target, so the certificate states only what was achieved")
         self.reports.append(
