@@ -22,7 +22,6 @@ from .attention import opened
 from .calibration import Batches, Calibration
 from .capture import Replica, device_of, hashes, random_state_kept, replicate
 from .corrections import Parts, corrections_of
-from .diagnosis import cannot_run
 from .experiments.journal import Journal
 from .heldout import Reading, check_heldout, read_outputs
 from .layers import view
@@ -236,16 +235,10 @@ def compare(
     kept = NOTHING_KEPT if folder is None else f"what is finished is kept in {folder}, where the same comparison continues"
     with random_state_kept(place), shown(progress, pieces="runs", kept=kept) as advance:
         reference = replicate(model, place, None)
-        try:
-            reading = read_outputs((reference,), measured)
-            dense = _measure(reference, reference, measured, reading)
-            if unseen is not None:
-                check_heldout(reference, unseen, batches)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, InvalidInput):
-                raise
-            reason = cannot_run(reference.model, reference.run, next(iter(measured.batches)), error)
-            raise InvalidInput(f"{measured.what}: the model cannot run on it: {reason}") from error
+        if unseen is not None:
+            check_heldout(reference, unseen, batches)
+        reading = read_outputs((reference,), measured)
+        dense = _measure(reference, reference, measured, reading)
         settings = {
             "scheme": scheme,
             "layers": chosen,
