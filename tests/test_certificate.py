@@ -20,7 +20,8 @@ from nettrim.calibration import Calibration
 from nettrim.capture import Replica, reference_replica, replicate, scan
 from nettrim.certificate import LayerTally, clopper_pearson_upper, entry_norm, spectral_norm
 from nettrim.graph import read
-from nettrim.verification import Claim, Setup, certify, certify_heldout
+from nettrim.heldout import certify_heldout
+from nettrim.verification import Claim, Setup, certify
 
 CPU = torch.device("cpu")
 ACTIVATIONS: dict[str, type[nn.Module] | None] = {

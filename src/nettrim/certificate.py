@@ -16,7 +16,7 @@ from torch import Tensor
 from .duality import DualPoint, relative_gap
 from .patterns import parse
 from .preimage import Activation, nearest_point
-from .records import build, items
+from .records import build, items, texts
 from .status import InvalidInput
 
 ROUNDING = 1e-9  # relative allowance for the order of summation in float64
@@ -317,17 +317,14 @@ class Certificate:
             InvalidInput: fields are missing, of another type, or not finite.
         """
         heldout = data.get("heldout")
-        trained = items(data, "trained") if "trained" in data else []
-        if not all(isinstance(key, str) for key in trained):
-            raise InvalidInput("Certificate: trained must be a list of names; the file is damaged")
         return build(
             cls,
             data,
             versions=dict(data.get("versions", {})),
             layers=tuple(build(LayerCertificate, layer) for layer in items(data, "layers")),
-            network=build(NetworkCertificate, data.get("network"), **_names(data.get("network"), "changed", "not_compared")),
-            heldout=None if heldout is None else build(HeldOutCertificate, heldout, **_names(heldout, "left_out")),
-            trained=tuple(trained),
+            network=build(NetworkCertificate, data.get("network"), **_texts(data.get("network"), "changed", "not_compared")),
+            heldout=None if heldout is None else build(HeldOutCertificate, heldout, **_texts(heldout, "left_out")),
+            **_texts(data, "trained"),
         )
 
 
@@ -355,13 +352,9 @@ def _exceeded(discrepancy: float, bound: float | None, sound: bool) -> list[str]
     return [f"its discrepancy {discrepancy:.7g} is above its stated bound {bound:.7g}: one of them is wrong"]
 
 
-def _names(data: Any, *keys: str) -> dict[str, tuple[str, ...]]:
-    """The lists of strings at ``keys`` that are there, as tuples."""
-    found = {key: tuple(items(data, key)) for key in keys if isinstance(data, Mapping) and key in data}
-    for key, names in found.items():
-        if not all(isinstance(name, str) for name in names):
-            raise InvalidInput(f"{key} must be a list of strings; the file is damaged")
-    return found
+def _texts(data: Any, *keys: str) -> dict[str, tuple[str, ...]]:
+    """The lists of texts at those of ``keys`` that are there."""
+    return {key: texts(data, key) for key in keys if isinstance(data, Mapping) and key in data}
 
 
 class LayerTally:

@@ -12,6 +12,7 @@ from torch import nn
 from .attention import layers_of
 from .layers import KINDS, is_prunable, view, without_values
 from .status import InvalidInput, NothingToPrune, UnknownLayer
+from .trained import state_key
 
 
 def select(model: nn.Module, layers: Sequence[str] | None, ignore: Sequence[str], given: nn.Module | None = None) -> list[str]:
@@ -104,7 +105,7 @@ def refuse_shared_norms(model: nn.Module, holders: Mapping[str, str]) -> None:
     for name, module in model.named_modules():
         for label, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(parameter.data_ptr() or id(parameter), []).append(f"{name}.{label}" if name else label)
+                owners.setdefault(parameter.data_ptr() or id(parameter), []).append(state_key(name, label))
     for layer, norm in holders.items():
         bias = cast(nn.Parameter, model.get_submodule(norm).bias)
         shared = owners[bias.data_ptr() or id(bias)]

@@ -30,14 +30,11 @@ from .certificate import (
     within,
 )
 from .graph import Chain, Graph
-from .heldout import certify_heldout, check_heldout
 from .outputs import changed_integers, changed_plain, outputs_of, squares
 from .predictions import classes_of, rows_of, stayed
 from .preimage import Activation
 from .progress import Advance, counted, silent
 from .units import Call, Unit
-
-__all__ = ["Claim", "Setup", "certify", "certify_heldout", "check_heldout", "versions"]
 
 
 @dataclass(frozen=True)

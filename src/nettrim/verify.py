@@ -146,12 +146,12 @@ def verify(
         reference.graph = pruned.graph = graph
         again = certify(reference, pruned, claims, graph, batches, found, setup, within(advance, 1, pieces))
         problems += _compare(stored, again)
-        problems += _heldout_arithmetic(stored)
+        if stored.heldout is not None:
+            problems += [f"held-out: {problem}" for problem in heldout_contradictions(stored.heldout)]
         if heldout is not None:
-            again, differences = _recheck_heldout(
-                stored, again, reference, pruned, Calibration(heldout, "heldout"), batches, within(advance, 2, pieces)
-            )
-            problems += differences
+            unseen = Calibration(heldout, "heldout")
+            again, more = _recheck_heldout(stored, again, reference, pruned, unseen, batches, within(advance, 2, pieces))
+            problems += more
     if not again.sound:
         problems += again.failures()
     if problems:
@@ -217,11 +217,6 @@ def _changed_elsewhere(model: nn.Module, pruned: nn.Module, own: set[str], train
     if not problems and stated != tuple(trained):
         problems.append("trained: entries are stated twice, or in another order than the model's")
     return problems
-
-
-def _heldout_arithmetic(stored: Certificate) -> list[str]:
-    """What cannot be in a held-out statement, whatever the data."""
-    return [] if stored.heldout is None else [f"held-out: {problem}" for problem in heldout_contradictions(stored.heldout)]
 
 
 def _recheck_heldout(
