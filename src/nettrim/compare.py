@@ -24,9 +24,7 @@ from .capture import Replica, device_of, hashes, random_state_kept, replicate
 from .corrections import Parts, corrections_of
 from .experiments.journal import Journal
 from .heldout import Reading, check_heldout, read_outputs
-from .layers import view
 from .methods import LOBS, OBS, LinearADMM, Magnitude, Method, NetTrim, Random, SparseGPT, Wanda
-from .methods.targets import check_room
 from .outputs import outputs_of, squares
 from .patterns import parse
 from .predictions import right, stayed
@@ -34,7 +32,7 @@ from .preimage import Activation
 from .progress import NOTHING_KEPT, Advance, shown, within
 from .pruning import MAX_SAMPLES, prune
 from .records import build
-from .selection import select
+from .selection import check_targets, select
 from .staging import check_writable
 from .status import InvalidInput
 from .verification import versions
@@ -223,11 +221,7 @@ def compare(
     modules = dict(whole.named_modules())
     corrections_of(readings or {}, activations or {}, chosen, modules)
     for run in wanted.values():
-        for name in chosen:
-            layer = view(name, modules[name])
-            asked = run.method.target(name)
-            assert asked is not None  # one sparsity, of all layers
-            check_room(run.name, run.method.chosen, asked, name, *layer.shape, layer.groups)
+        check_targets(run.method, chosen, modules)
     place = device_of(model, device)
     batches = Calibration(calibration)
     unseen = None if heldout is None else Calibration(heldout, "heldout")
