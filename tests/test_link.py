@@ -378,13 +378,13 @@ def test_entries_that_float64_cannot_hold_divided_are_refused() -> None:
         normalise(without(tiny, torch.float64), samples(4, dtype=torch.float64))
 
     def far(model: nn.Sequential) -> None:
-        model[1].weight.fill_(1e90)
+        model[1].weight.fill_(1e200)
         model[1].bias.zero_()
-        model[3].weight.fill_(1e-90)
-        model[3].bias.fill_(1e-220)
+        model[3].weight.fill_(1e-200)
+        model[3].bias.fill_(1e-200)
 
     with pytest.raises(InvalidInput, match="layer '1': its bias divided by the product"):
-        normalise(without(lambda m: (far(m), m[1].bias.fill_(1e-220)), torch.float64), samples(4, dtype=torch.float64))
+        normalise(without(lambda m: (far(m), m[1].bias.fill_(1e-200)), torch.float64), samples(4, dtype=torch.float64))
     assert bits(normalise(without(lambda m: m[1].bias.zero_(), torch.float64), samples(4, dtype=torch.float64)).model)
 
     def small(model: nn.Sequential) -> None:

@@ -14,7 +14,7 @@ from . import preimage
 from .attention import opened
 from .calibration import Batches, Calibration
 from .capture import Replica, device_of, hashes, random_state_kept, read_graph, reference_replica, replicate, scan
-from .certificate import Certificate, HeldOutCertificate
+from .certificate import Certificate, HeldOutCertificate, LayerCertificate
 from .checkpoint import contradictions, load, read_certificate, read_report, unlike_page
 from .corrections import corrected_graph, corrections_of
 from .heldout import certify_heldout
@@ -23,7 +23,7 @@ from .layers import add_bias, can_take_bias
 from .opening import how_opened
 from .patterns import parse
 from .progress import Advance, shown, within
-from .reading import Correction
+from .reading import Correction, Reading
 from .report import PruneReport
 from .report_check import AGREEMENT, differences, unlike
 from .selection import select
@@ -123,15 +123,9 @@ def verify(
         graph = graph.where_trained(reference.model, trained)
         claims = []
         for layer in stored.layers:
-            reading = graph.readings[layer.name]
-            if reading.activation.name != layer.activation:
-                problems.append(f"{layer.name}: the certificate says {layer.activation}, the model's graph says {reading.activation.name}")
-            # what was stated by the user is trusted, and named as such; the certificate may not pass it off as seen in the graph
-            if reading.source != layer.source:
-                problems.append(f"{layer.name}: source of the activation is stated as {layer.source!r}, found as {reading.source!r}")
-            activation = reading.activation if reading.activation.name == layer.activation else preimage.named(layer.activation)
-            asked = (layer.budget, layer.pattern)
-            claims.append(Claim(layer.name, activation, layer.tolerance, layer.gap_kind, layer.gap_level, reading.source, *asked))
+            claim, other = _claim(layer, graph.readings[layer.name])
+            claims.append(claim)
+            problems += other
         setup = Setup(
             method=stored.method,
             program=stored.program,
@@ -157,6 +151,19 @@ def verify(
     if problems:
         raise CertificateError("the certificate does not recompute:\n" + "\n".join(f"- {problem}" for problem in dict.fromkeys(problems)))
     return replace(again, not_checked=_not_checked(stored, report, heldout is not None))
+
+
+def _claim(layer: LayerCertificate, reading: Reading) -> tuple[Claim, list[str]]:
+    """What is to be certified of a layer again, and where its certificate says other things of its activation than the graph."""
+    problems = []
+    if reading.activation.name != layer.activation:
+        problems.append(f"{layer.name}: the certificate says {layer.activation}, the model's graph says {reading.activation.name}")
+    # what was stated by the user is trusted, and named as such; the certificate may not pass it off as seen in the graph
+    if reading.source != layer.source:
+        problems.append(f"{layer.name}: source of the activation is stated as {layer.source!r}, found as {reading.source!r}")
+    activation = reading.activation if reading.activation.name == layer.activation else preimage.named(layer.activation)
+    asked = (layer.budget, layer.pattern)
+    return Claim(layer.name, activation, layer.tolerance, layer.gap_kind, layer.gap_level, reading.source, *asked), problems
 
 
 def _not_checked(stored: Certificate, report: PruneReport, heldout: bool) -> tuple[str, ...]:
