@@ -162,7 +162,7 @@ def test_names_in_any_case_and_the_nearest() -> None:
         ({"sparsities": 0.5}, "sparsities must be a list"),
         ({"model": None}, r"model must be an nn\.Module"),
         ({"layers": ["7"]}, "no layer fits '7'"),
-        ({"calibration": images()[:, :5]}, "the model cannot run on it"),
+        ({"calibration": images()[:, :5]}, "the model cannot run on batch 1"),
         ({"calibration": images() * float("nan")}, "NaN or inf"),
         ({"heldout": images()}, "all of these samples are calibration data"),
         ({"seed": -1}, "seed must be a whole number"),

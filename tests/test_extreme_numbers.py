@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import nettrim
 from nettrim import LOBS, OBS, LinearADMM, Magnitude, NetTrim, Random, SparseGPT, Wanda, prune, verify
-from nettrim.certificate import root
 from nettrim.status import Status
+from nettrim.tally import root
 
 METHODS: list[Any] = [
     NetTrim(sparsity=0.5, max_iterations=20),

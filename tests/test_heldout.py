@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from nettrim.assignment import Layout, layouts_of
 from nettrim.calibration import Calibration
 from nettrim.capture import Replica
-from nettrim.certificate import HeldOutCertificate, clopper_pearson_upper
-from nettrim.heldout import certify_heldout, contradictions
+from nettrim.certificate import HeldOutCertificate
+from nettrim.heldout import certify_heldout, check_heldout, contradictions
 from nettrim.render.words import _heldout_words as words_of
 from nettrim.status import InvalidInput
+from nettrim.tally import clopper_pearson_upper
 
 CPU = torch.device("cpu")
 Shape = Callable[[Tensor], Any]
@@ -315,6 +316,14 @@ def test_contradictions_are_found_without_data(change: dict[str, Any]) -> None:
 def test_a_statement_in_its_shortest_form_is_complete() -> None:
     shortest = {field.name: getattr(good(), field.name) for field in fields(HeldOutCertificate)[:10]}
     assert contradictions(HeldOutCertificate(**shortest)) == []
+
+
+@pytest.mark.parametrize("forward", ["wrong shape", "an error of its own"])
+def test_every_batch_is_run_before_any_work(forward: str) -> None:
+    model, _ = networks(lambda y, h: y if forward == "wrong shape" or len(y) != 2 else {}["missing"])
+    batches = [inputs(3), inputs(2) if forward != "wrong shape" else inputs(2)[:, :3]]
+    with pytest.raises(InvalidInput, match="heldout: the model cannot run on batch 2"):
+        check_heldout(Replica(model, CPU, torch.float64), Calibration(batches, "heldout"), Calibration([inputs(3, seed=9)]))
 
 
 def test_settings_are_refused() -> None:

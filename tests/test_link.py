@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import nettrim
 from nettrim import InvalidInput, NetTrim, NothingToPrune
-from nettrim.certificate import entry_norm
 from nettrim.link import LinkNormalised, normalise
+from nettrim.tally import entry_norm
 
 
 def network(

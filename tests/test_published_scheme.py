@@ -13,9 +13,9 @@ from torch import nn
 
 import nettrim
 from nettrim import InvalidInput, NetTrim, PruneResult
-from nettrim.certificate import entry_norm
 from nettrim.experiments.models import fully_connected
 from nettrim.status import Status, UnknownLayer
+from nettrim.tally import entry_norm
 
 
 def network(seed: int = 0, sizes: tuple[int, ...] = (8, 12, 10, 4)) -> nn.Sequential:

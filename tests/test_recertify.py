@@ -248,7 +248,7 @@ def test_verify_wants_exactly_what_differs(tuned: PruneResult, change: Any, mess
 
 def test_damaged_entries_are_refused(tuned: PruneResult, tmp_path: Path) -> None:
     tuned.save(tmp_path)
-    for wrong, message in (("net.0", "trained must be a list"), ([1], "trained must be a list of names")):
+    for wrong, message in (("net.0", "trained must be a list"), ([1], "trained must be a list of texts")):
         edit(tmp_path / "certificate.json", lambda c, wrong=wrong: c.update(trained=wrong))  # type: ignore[misc]
         with pytest.raises(InvalidInput, match=message):
             nettrim.checkpoint.read_certificate(tmp_path)

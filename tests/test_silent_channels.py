@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import nettrim
 from nettrim import LOBS, OBS, LinearADMM, Magnitude, NetTrim, Random, SparseGPT, Wanda, prune, verify
-from nettrim.certificate import LayerTally
 from nettrim.preimage import RELU, nearest_point
 from nettrim.status import Status
+from nettrim.tally import LayerTally
 
 WIDTH = 6
 METHODS: list[Any] = [

@@ -16,12 +16,12 @@ from torch import Tensor, fx, nn
 
 from . import calibration as data
 from .calibration import Calibration
-from .diagnosis import cannot_run, check_first, first_line
+from .diagnosis import check_first, must_run
 from .graph import Graph, calls_layer, read
 from .layers import LayerView, widened
 from .outputs import disagreement, outputs_of
 from .preimage import Activation
-from .status import InvalidInput
+from .status import InvalidInput, first_line
 from .tasks import LayerTask, TaskBuilder
 from .units import Call, Unit, unit_of
 
@@ -230,13 +230,8 @@ def reference_replica(model: nn.Module, device: torch.device, first_batch: Any) 
         InvalidInput: the model does not run on the batch, puts out nothing that can be compared, or is not deterministic.
     """
     native = replicate(model, device, None)
-    try:
+    with must_run(native.model, native.run, first_batch, "the model cannot run on the first batch of the calibration data"):
         output = check_first(native.model, native.run, first_batch)
-    except InvalidInput:
-        raise
-    except Exception as error:
-        reason = cannot_run(native.model, native.run, first_batch, error)
-        raise InvalidInput(f"the model cannot run on the first batch of the calibration data: {reason}") from error
     outputs_of(output)
     wide, notice = replicate(model, device, torch.float64), ""
     try:
@@ -322,13 +317,8 @@ def scan(reference: Replica, names: Sequence[str], batches: Calibration, largest
             if rows:  # a layer that is only ever called with nothing is not reached by the data
                 order.append(name)
 
-        try:
+        with must_run(reference.model, reference.run, batch, f"{batches.what}: the model cannot run on batch {number}"):
             output = reference.stream(batch, names, receive)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, InvalidInput):
-                raise
-            reason = cannot_run(reference.model, reference.run, batch, error)
-            raise InvalidInput(f"{batches.what}: the model cannot run on batch {number}: {reason}") from error
         for name in dict.fromkeys(order):
             result.calls[name] = max(result.calls.get(name, 0), counts[name])
         for path, value in outputs_of(output).scores.items():

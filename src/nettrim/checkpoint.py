@@ -22,6 +22,7 @@ from .layers import add_bias, can_take_bias, without_values
 from .records import plain, read_json
 from .report import PruneReport
 from .status import InvalidInput
+from .trained import state_key
 from .wrappers import bare_modules, unwrapped, without_prefix
 
 if TYPE_CHECKING:
@@ -307,7 +308,7 @@ def weight_of(state: Mapping[str, Tensor], layer: str) -> Tensor:
     Raises:
         InvalidInput: the state holds no weight of that layer.
     """
-    key = f"{layer}.weight" if layer else "weight"
+    key = state_key(layer, "weight")
     if key in state:
         return state[key]
     parent, _, own = layer.rpartition(".")

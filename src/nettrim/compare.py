@@ -22,12 +22,9 @@ from .attention import opened
 from .calibration import Batches, Calibration
 from .capture import Replica, device_of, hashes, random_state_kept, replicate
 from .corrections import Parts, corrections_of
-from .diagnosis import cannot_run
 from .experiments.journal import Journal
 from .heldout import Reading, check_heldout, read_outputs
-from .layers import view
 from .methods import LOBS, OBS, LinearADMM, Magnitude, Method, NetTrim, Random, SparseGPT, Wanda
-from .methods.targets import check_room
 from .outputs import outputs_of, squares
 from .patterns import parse
 from .predictions import right, stayed
@@ -35,7 +32,7 @@ from .preimage import Activation
 from .progress import NOTHING_KEPT, Advance, shown, within
 from .pruning import MAX_SAMPLES, prune
 from .records import build
-from .selection import select
+from .selection import check_targets, select
 from .staging import check_writable
 from .status import InvalidInput
 from .verification import versions
@@ -224,11 +221,7 @@ def compare(
     modules = dict(whole.named_modules())
     corrections_of(readings or {}, activations or {}, chosen, modules)
     for run in wanted.values():
-        for name in chosen:
-            layer = view(name, modules[name])
-            asked = run.method.target(name)
-            assert asked is not None  # one sparsity, of all layers
-            check_room(run.name, run.method.chosen, asked, name, *layer.shape, layer.groups)
+        check_targets(run.method, chosen, modules)
     place = device_of(model, device)
     batches = Calibration(calibration)
     unseen = None if heldout is None else Calibration(heldout, "heldout")
@@ -236,16 +229,10 @@ def compare(
     kept = NOTHING_KEPT if folder is None else f"what is finished is kept in {folder}, where the same comparison continues"
     with random_state_kept(place), shown(progress, pieces="runs", kept=kept) as advance:
         reference = replicate(model, place, None)
-        try:
-            reading = read_outputs((reference,), measured)
-            dense = _measure(reference, reference, measured, reading)
-            if unseen is not None:
-                check_heldout(reference, unseen, batches)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, InvalidInput):
-                raise
-            reason = cannot_run(reference.model, reference.run, next(iter(measured.batches)), error)
-            raise InvalidInput(f"{measured.what}: the model cannot run on it: {reason}") from error
+        if unseen is not None:
+            check_heldout(reference, unseen, batches)
+        reading = read_outputs((reference,), measured)
+        dense = _measure(reference, reference, measured, reading)
         settings = {
             "scheme": scheme,
             "layers": chosen,

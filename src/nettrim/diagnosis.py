@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .calibration import inputs_of
-from .status import InvalidInput
+from .status import InvalidInput, NetTrimError, first_line
 
 Run = Callable[[Any], Any]
 """Runs the model on a batch."""
@@ -31,6 +31,17 @@ def cannot_run(model: nn.Module, run: Run, batch: Any, error: BaseException) -> 
         words = _too_few(model, batch) or _swapped(run, batch) or _repaired(model, run, inputs)
     words = words or _at_layer(model, run, batch)
     return f"{words} ({torch_says})" if words else torch_says
+
+
+@contextmanager
+def must_run(model: nn.Module, run: Run, batch: Any, what: str) -> Iterator[None]:
+    """Inside, the model runs on a batch. Where it does not, InvalidInput begins with ``what`` and says what to give instead."""
+    try:
+        yield
+    except NetTrimError:
+        raise
+    except Exception as error:  # a user's forward may raise anything
+        raise InvalidInput(f"{what}: {cannot_run(model, run, batch, error)}") from error
 
 
 def check_first(model: nn.Module, run: Run, batch: Any) -> Any:
@@ -59,11 +70,6 @@ def check_first(model: nn.Module, run: Run, batch: Any) -> Any:
             f"of samples; it takes {_takes(layer)}: give x[None] for one sample, torch.stack(samples) for a list of them, or a DataLoader"
         )
     return output
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says; its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _positional(model: nn.Module) -> list[str]:

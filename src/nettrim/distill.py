@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attention import closed, opened
 from .calibration import Batches, Calibration
 from .capture import Replica, device_of, random_state_kept, read_graph, replicate
-from .diagnosis import cannot_run
+from .diagnosis import must_run
 from .finetune import keep_zeros, learnable
 from .outputs import outputs_of, real, square, squares
 from .progress import Advance, shown
@@ -152,13 +152,8 @@ def _compare_forms(student: Replica, teacher: Replica, first: Any) -> None:
     """Refuses models that cannot be compared, or that cannot run on the data."""
     found = []
     for name, model in (("pruned", student), ("reference", teacher)):
-        try:
+        with must_run(model.model, model.run, first, f"distill: the {name} model cannot run on the calibration data"):
             found.append({key: tuple(value.shape) for key, value in outputs_of(model.run(first)).scores.items()})
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, InvalidInput):
-                raise
-            reason = cannot_run(model.model, model.run, first, error)
-            raise InvalidInput(f"distill: the {name} model cannot run on the calibration data: {reason}") from error
     if found[0] != found[1]:
         raise InvalidInput(
             f"distill: the two models must put out tensors of the same shapes, found {found[0]} (pruned) and {found[1]} (reference); "

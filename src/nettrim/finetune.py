@@ -15,7 +15,7 @@ from .graph import read
 from .layers import is_prunable
 from .pruning import PruneResult
 from .status import InvalidInput
-from .trained import key, own_keys, zeroed_layers
+from .trained import own_keys, state_key, zeroed_layers
 from .wrappers import unwrapped
 
 
@@ -207,7 +207,7 @@ def learnable(model: nn.Module, names: Sequence[str], norms: Mapping[str, str], 
         InvalidInput: all weights of the pruned layers are frozen; ``what`` is the function that says so.
     """
     own = own_keys(names, norms, dict(opened(model).named_modules()))
-    weights = {key(name, "weight") for name in names}
+    weights = {state_key(name, "weight") for name in names}
     able: dict[int, bool] = {}  # whether a parameter is one of the pruned layers' weights
     for parameter, parts in _parameters(model):
         if parameter.requires_grad and (learn == "all" or own.intersection(parts)):
@@ -227,13 +227,13 @@ def _parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, list[str]]]:
             if parameter is not None:
                 layers = layers_of(name, module, label)
                 part = label if layers == [name] else "weight" if label.endswith("weight") else "bias"
-                yield parameter, [key(layer, part) for layer in layers]
+                yield parameter, [state_key(layer, part) for layer in layers]
 
 
 def _kept_of(model: nn.Module, names: Collection[str], learn: str) -> list[_Kept]:
     """What stays of the pruned layers' parameters: their zeros; and other layers' parts of a parameter, where those do not learn."""
-    weights = {key(name, "weight") for name in names}
-    own = weights | {key(name, "bias") for name in names}
+    weights = {state_key(name, "weight") for name in names}
+    own = weights | {state_key(name, "bias") for name in names}
     found = []
     for parameter, parts in _parameters(model):
         if not own.intersection(parts):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .status import InvalidInput
+from .status import InvalidInput, first_line
 
 EXPANSION, ALLOWED = 64, 2**30
 """What an archive's parts may take together: so many times its own bytes, or so many bytes where that is more."""
@@ -132,8 +132,3 @@ def _tensor(file: IO[bytes], size: int, origin: str) -> Tensor:
         return torch.from_numpy(array)
     except Exception as error:  # numpy parses the header as Python, and raises what that raises
         raise InvalidInput(f"{origin}: it cannot be read ({first_line(error)}); arrays of plain numbers are needed") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

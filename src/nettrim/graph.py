@@ -31,6 +31,7 @@ from .nodes import (
 from .preimage import IDENTITY, Activation
 from .quiet import unheard
 from .reading import PARTS, Correction, Reading, corrected
+from .status import first_line
 
 Node = fx.Node
 
@@ -144,8 +145,7 @@ def read(
         if agrees is not None and not agrees(fx.GraphModule(model, traced)):
             raise ValueError("the traced graph computes something else than the model")
     except Exception as error:  # whatever a user's forward does under tracing: the reading is then linear, and says so
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        words = f"the graph could not be traced ({cause}): matched linearly"
+        words = f"the graph could not be traced ({first_line(error)}): matched linearly"
         readings = {name: Reading(preimage.as_linear("unknown"), words, "not seen") for name in names}
         hidden = Graph(readings, Chain((), "the graph could not be traced"), words)
         return hidden.corrected(model, {name: correction for name, correction in corrections.items() if name in readings})

@@ -15,12 +15,13 @@ from . import calibration as data
 from .assignment import Layout, best, divisible, form_of, joined, layouts_of
 from .calibration import Calibration
 from .capture import Replica
-from .certificate import HeldOutCertificate, clopper_pearson_upper
-from .diagnosis import cannot_run, first_line
+from .certificate import HeldOutCertificate
+from .diagnosis import must_run
 from .outputs import Outputs, outputs_of, pairs
 from .predictions import Classes, classes_of, labelled, right, stayed
 from .progress import Advance, counted, silent
-from .status import InvalidInput
+from .status import InvalidInput, first_line
+from .tally import clopper_pearson_upper
 
 CONFIDENCE = 0.95
 LEVEL = 0.1  # relative discrepancy whose probability of being exceeded is bounded
@@ -31,8 +32,16 @@ def check_heldout(reference: Replica, batches: Calibration, calibration: Calibra
     """Refuses held-out data that cannot serve, before any work is done; the number of samples that are calibration samples too.
 
     Raises:
-        InvalidInput: a batch that cannot be used, or data that are all calibration data.
+        InvalidInput: a batch that cannot be used or on which the model does not run, or data that are all calibration data.
     """
+    overlap = _overlap(batches, calibration)
+    for number, batch in enumerate(batches, 1):
+        _run(reference, batch, batches, number)
+    return overlap
+
+
+def _overlap(batches: Calibration, calibration: Calibration) -> int:
+    """How many held-out samples are calibration samples too. Raises InvalidInput where all are."""
     known = set(data.sample_digests(calibration))
     overlap = [digest in known for digest in data.sample_digests(batches)]
     if all(overlap):
@@ -40,15 +49,13 @@ def check_heldout(reference: Replica, batches: Calibration, calibration: Calibra
             f"{batches.what}: all of these samples are calibration data; a bound for unseen inputs needs samples "
             "that were not used for pruning"
         )
-    try:
-        first = next(iter(batches))
-        reference.run(first)
-    except InvalidInput:
-        raise
-    except _FAILS as error:
-        reason = cannot_run(reference.model, reference.run, first, error)
-        raise InvalidInput(f"{batches.what}: the model cannot run on batch 1: {reason}") from error
     return sum(overlap)
+
+
+def _run(network: Replica, batch: Any, batches: Calibration, number: int) -> Any:
+    """The network's output on a batch. Raises InvalidInput where it does not run."""
+    with must_run(network.model, network.run, batch, f"{batches.what}: the model cannot run on batch {number}"):
+        return network.run(batch)
 
 
 def certify_heldout(
@@ -74,7 +81,7 @@ def certify_heldout(
         raise InvalidInput(f"confidence must lie in (0, 1), found {confidence}")
     if not (level >= 0 and math.isfinite(level)):
         raise InvalidInput(f"level must be >= 0, found {level}")
-    overlap = check_heldout(reference, batches, calibration)
+    overlap = _overlap(batches, calibration)
     reading = read_outputs((reference, pruned), batches)
     digest, counts = hashlib.sha256(), _Counts(reading, level)
     for batch in counted(batches, batches.count, advance, "running held-out samples"):
@@ -142,10 +149,10 @@ class Reading:
 def read_outputs(networks: Sequence[Replica], batches: Calibration) -> Reading:
     """Which outputs belong to which samples, where classes are, and which output the labels fit; runs every batch whole and in parts."""
     survey = _Survey()
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
         together = survey.together(batch)
         for network in networks:
-            outputs = outputs_of(network.run(batch))
+            outputs = outputs_of(_run(network, batch, batches, number))
             if network is networks[0]:
                 survey.add(batch, outputs)
             if together is None or survey.failed:

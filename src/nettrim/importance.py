@@ -12,6 +12,7 @@ from . import calibration as data
 from .calibration import Calibration
 from .capture import Replica
 from .outputs import outputs_of, real
+from .status import first_line
 
 SAMPLES = 2048  # looked at, in whole batches: the mean over them is what counts, and it is known well by then
 PROBES = 2  # random directions for each batch
@@ -40,7 +41,7 @@ def output_importance(network: Replica, names: Sequence[str], batches: Calibrati
             if samples >= SAMPLES:
                 break
     except RuntimeError as error:  # a user's forward that cannot be differentiated
-        return {}, f"the importance of outputs is not known ({str(error).splitlines()[0]}): all outputs of a layer count the same"
+        return {}, f"the importance of outputs is not known ({first_line(error)}): all outputs of a layer count the same"
     if not found:
         return {}, "the importance of outputs is not known (no gradient of the network's outputs): all outputs of a layer count the same"
     for name, total in found.items():

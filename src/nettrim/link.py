@@ -45,6 +45,7 @@ from .outputs import disagreement
 from .preimage import Activation
 from .selection import select
 from .status import InvalidInput
+from .trained import state_key
 from .wrappers import takes_models
 
 _SMALLEST = torch.finfo(torch.float64).tiny  # below it, numbers lose digits
@@ -86,8 +87,7 @@ class LinkNormalised:
             for label, factor in (("weight", scale), ("bias", product)):
                 parameter = getattr(layer, label)
                 if parameter is not None:
-                    key = f"{name}.{label}" if name else label
-                    parameter.data = _cast(parameter.detach().double() * factor, self.dtypes[key], name, label)
+                    parameter.data = _cast(parameter.detach().double() * factor, self.dtypes[state_key(name, label)], name, label)
         # what the layers do not own was only made wider
         for key, tensor in _tensors(twin):
             tensor.data = tensor.detach().to(self.dtypes[key])

@@ -17,7 +17,7 @@ from .layers import is_prunable
 from .opening import how_opened
 from .selection import select
 from .status import InvalidInput, NothingToPrune
-from .whole import OUTSIDE, UNREACHED, whole_model
+from .whole import OUTSIDE, UNREACHED, LeftOut, whole_model
 from .wrappers import takes_models
 
 UNTRACED = "read from the model's graph alone: a model that takes keywords, or turns by its data, is read with data (--data)"
@@ -43,22 +43,12 @@ class LayerOverview:
 
 
 @dataclass(frozen=True)
-class LeftLayer:
-    """A module with parameters of two or more dimensions that would be left as it is, and why."""
-
-    name: str
-    kind: str
-    weights: int
-    reason: str
-
-
-@dataclass(frozen=True)
 class Overview:
-    """``parameters``: of the whole model. ``notes``: what was remarked while the model was read."""
+    """``parameters``: of the whole model. ``left``: what would be left as it is. ``notes``: what was remarked while the model was read."""
 
     parameters: int
     layers: tuple[LayerOverview, ...]
-    left: tuple[LeftLayer, ...]
+    left: tuple[LeftOut, ...]
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,8 +102,7 @@ def overview(
     shown = tuple(_shown(name, modules[name], graph, rows.get(name)) for name in (names if reached is None else reached))
     reasons = {name: UNREACHED for name in names if reached is not None and name not in reached} | refused
     counts = whole_model(whole, [layer.name for layer in shown], {name: reasons.get(name, OUTSIDE) for name in modules})
-    left = tuple(LeftLayer(part.name, part.kind, part.parameters, part.reason) for part in counts.left_out)
-    return Overview(counts.parameters, shown, left, tuple(notes))
+    return Overview(counts.parameters, shown, counts.left_out, tuple(notes))
 
 
 def _choose(model: nn.Module, layers: Sequence[str] | None, ignore: Sequence[str], given: nn.Module) -> tuple[list[str], dict[str, str]]:

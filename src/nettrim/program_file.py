@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from . import foreign
-from .status import InvalidInput
+from .status import InvalidInput, first_line
 
 FORMAT, MODEL = "archive_format", "models/model.json"
 KEPT = (FORMAT, "archive_version", "byteorder", ".data/version")
@@ -90,7 +90,7 @@ def checked(path: Path) -> io.BytesIO:
     except (RecursionError, OverflowError, TypeError, KeyError, AttributeError, ValueError) as error:
         if isinstance(error, InvalidInput):
             raise
-        raise InvalidInput(f"{origin}: it cannot be read as a torch.export program ({foreign.first_line(error)})") from error
+        raise InvalidInput(f"{origin}: it cannot be read as a torch.export program ({first_line(error)})") from error
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as archive:
         for name, content in parts.items():
@@ -190,7 +190,7 @@ def _loaded(data: bytes, origin: str) -> dict[str, Any]:
     try:
         found = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"{origin}: it cannot be read as a torch.export program ({foreign.first_line(error)})") from error
+        raise InvalidInput(f"{origin}: it cannot be read as a torch.export program ({first_line(error)})") from error
     if not isinstance(found, dict):
         raise InvalidInput(f"{origin}: it cannot be read as a torch.export program; write it by torch.export.save")
     return found

@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from . import program_file
 from .outputs import largest_difference, outputs_of
 from .quiet import quiet
-from .status import InvalidInput
+from .status import InvalidInput, first_line
 
 AGREES = 1e-5
 """By how much the module's outputs may differ from the program's on the example saved with it, relative to the largest."""
@@ -44,7 +44,7 @@ def model_from_program(path: Path) -> nn.Module:
     except InvalidInput:
         raise
     except Exception as error:  # torch raises many kinds, for damaged files and for other versions
-        raise InvalidInput(f"model {path}: it cannot be read as a torch.export program ({_first(error)})") from error
+        raise InvalidInput(f"model {path}: it cannot be read as a torch.export program ({first_line(error)})") from error
     if not any(isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) for module in model.modules()):
         raise InvalidInput(
             f"model {path}: the program holds no Linear or convolution with weights of its own; give the model as package.module:factory"
@@ -250,15 +250,11 @@ def _check(model: nn.Module, program: ExportedProgram, origin: str) -> None:
             wanted = outputs_of(program.module()(*args, **kwargs))
             found = outputs_of(model(*args, **kwargs))
     except Exception as error:  # a graph whose parts do not fit together
-        raise InvalidInput(f"model {origin}: the program does not run on its own example ({_first(error)}); export it again") from error
+        raise InvalidInput(f"model {origin}: the program does not run on its own example ({first_line(error)}); export it again") from error
     if not largest_difference(wanted, found) <= AGREES:
         raise InvalidInput(
             f"model {origin}: taken apart into layers, the program computes something else; give the model as package.module:factory"
         )
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 _LAYERS: dict[Any, Callable[[fx.Node], tuple[tuple[Any, ...], dict[str, Any]]]] = {

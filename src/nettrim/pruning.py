@@ -31,13 +31,13 @@ from .corrections import Parts, corrected_graph, corrections_of
 from .heldout import certify_heldout, check_heldout
 from .layers import view
 from .methods import Method, PerLayer
-from .methods.targets import check_room
 from .opening import how_opened
 from .preimage import Activation
 from .progress import Advance, interruptible, shown, within
+from .reading import Correction
 from .report import PruneReport, as_certified
 from .run import Run
-from .selection import refuse_shared_norms, resolve, select
+from .selection import check_targets, refuse_shared_norms, select
 from .status import InvalidInput, NothingToPrune
 from .summary import result_text
 from .whole import reasons_of, whole_model
@@ -153,26 +153,13 @@ def prune(
         InvalidInput: anything that cannot be used; raised before any layer is solved.
     """
     started = time.perf_counter()
-    if scheme not in ("cascade", "parallel"):
-        raise InvalidInput(f"scheme must be 'cascade' or 'parallel', found {scheme!r}")
     method = method_of(method, sparsity, epsilon)
-    if isinstance(max_samples, bool) or not isinstance(max_samples, int) or max_samples < 1:
-        raise InvalidInput(f"max_samples must be a whole number of at least 1, found {max_samples!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InvalidInput(f"seed must be a whole number of at least 0, found {seed!r}")
-    if scheme == "parallel" and method.needs_cascade:
-        raise InvalidInput(f"{type(method).__name__}: {method.needs_cascade} speaks of the cascade; leave it out, or pass scheme='cascade'")
+    _check_settings(method, scheme, max_samples, seed)
     check_allocation(method, allocation, target, sweeps, scheme)
     given, model = model, opened(model)
     names = select(model, layers, ignore, given)
-    for setting, value in method.layer_settings.items():
-        if isinstance(value, Mapping):
-            resolve(value, names, f"{type(method).__name__}.{setting}")
     modules = dict(model.named_modules())
-    for name in names:
-        if method.kind == "sparsity" and (asked := method.target(name)) is not None:
-            layer = view(name, modules[name])
-            check_room(type(method).__name__, method.chosen, asked, name, *layer.shape, layer.groups)
+    check_targets(method, names, modules)
     corrections = corrections_of(readings or {}, activations or {}, names, modules)
     batches = Calibration(calibration)
     unseen = None if heldout is None else Calibration(heldout, "heldout")
@@ -191,7 +178,7 @@ def prune(
         wanted = [name for name in names if method.target(name) is not None]  # what follows the others is read step by step
         corrections = {name: correction for name, correction in corrections.items() if name in wanted}
         graph = corrected_graph(reference, read_graph(reference, wanted, {}, first), corrections, first)
-        notes = [*([opening] if opening else []), *([notice] if notice else []), *([graph.notice] if graph.notice else [])]
+        notes = [text for text in (opening, notice, graph.notice) if text]
         run = Run(model, method, scheme, batches, found, graph, reference, max_samples, seed, advance)
         refuse_shared_norms(model, run.offset_holders())
         runs.append(run)
@@ -222,12 +209,20 @@ def prune(
         layers=tuple(as_certified(run.reports, certificate)),
         model=whole,
         notes=(*notes, *whole.notes()),
-        settings=_settings(method)
-        | ({"allocation": run.shares} if run.shares else {})
-        | ({"sweeps": sweeps} if sweeps else {})
-        | {"max_samples": max_samples, "readings": {name: c.record() for name, c in corrections.items()}, "added_biases": run.added},
+        settings=_settings(method, run, sweeps, corrections),
     )
     return PruneResult(closed(run.result, given), report, certificate)
+
+
+def _check_settings(method: Method, scheme: str, max_samples: object, seed: object) -> None:
+    """Refuses settings outside their range. Raises InvalidInput."""
+    if scheme not in ("cascade", "parallel"):
+        raise InvalidInput(f"scheme must be 'cascade' or 'parallel', found {scheme!r}")
+    for name, value, least in (("max_samples", max_samples, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InvalidInput(f"{name} must be a whole number of at least {least}, found {value!r}")
+    if scheme == "parallel" and method.needs_cascade:
+        raise InvalidInput(f"{type(method).__name__}: {method.needs_cascade} speaks of the cascade; leave it out, or pass scheme='cascade'")
 
 
 def _far(runs: Sequence[Run]) -> str:
@@ -252,7 +247,12 @@ def _called(names: list[str], found: Scan, layers: Sequence[str] | None) -> list
     return found.order
 
 
-def _settings(method: Method) -> dict[str, Any]:
-    if not is_dataclass(method) or isinstance(method, type):
-        return {}
-    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in asdict(method).items() if value is not None}
+def _settings(method: Method, run: Run, sweeps: int, corrections: Mapping[str, Correction]) -> dict[str, Any]:
+    """What was chosen, for the report: the method's own settings, and those of the run."""
+    own: dict[str, Any] = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
+    return (
+        {key: dict(value) if isinstance(value, Mapping) else value for key, value in own.items() if value is not None}
+        | ({"allocation": run.shares} if run.shares else {})
+        | ({"sweeps": sweeps} if sweeps else {})
+        | {"max_samples": run.max_samples, "readings": {name: c.record() for name, c in corrections.items()}, "added_biases": run.added}
+    )

@@ -26,7 +26,7 @@ from .report import LayerReport
 from .report_check import TUNED
 from .selection import select
 from .status import InvalidInput
-from .trained import differing, key, own_keys
+from .trained import differing, own_keys, state_key
 from .verification import Claim, Setup, certify
 from .verify import stated_corrections
 from .whole import whole_model
@@ -159,7 +159,7 @@ def _stored(original: nn.Module, changed: nn.Module, added: Sequence[str]) -> nn
 
 def _check_form(original: nn.Module, changed: nn.Module, added: Sequence[str]) -> None:
     """Refuses state of other names, shapes or dtypes than the reference network's, but for biases that pruning added; and NaN and inf."""
-    more = {key(name, "bias") for name in added}
+    more = {state_key(name, "bias") for name in added}
     before, after = ({k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)} for model in (original, changed))
     forms = [{k: (tuple(v.shape), v.dtype) for k, v in state.items() if k not in more} for state in (before, after)]
     for name in (*forms[0], *forms[1]):

@@ -11,7 +11,10 @@ from torch import nn
 
 from .attention import layers_of
 from .layers import KINDS, is_prunable, view, without_values
+from .methods import Method
+from .methods.targets import check_room
 from .status import InvalidInput, NothingToPrune, UnknownLayer
+from .trained import state_key
 
 
 def select(model: nn.Module, layers: Sequence[str] | None, ignore: Sequence[str], given: nn.Module | None = None) -> list[str]:
@@ -52,6 +55,17 @@ def resolve(given: Iterable[str], names: Sequence[str], what: str) -> None:
                 raise UnknownLayer(f"{what}: pattern {key!r} fits none of the layers {', '.join(names)}")
         elif key not in names:
             raise UnknownLayer(_unknown(key, names, what))
+
+
+def check_targets(method: Method, names: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
+    """Refuses settings by layer that fit none of ``names``, and a sparsity that leaves a layer's pattern no room. Raises InvalidInput."""
+    for setting, value in method.layer_settings.items():
+        if isinstance(value, Mapping):
+            resolve(value, names, f"{type(method).__name__}.{setting}")
+    for name in names:
+        if method.kind == "sparsity" and (asked := method.target(name)) is not None:
+            layer = view(name, modules[name])
+            check_room(type(method).__name__, method.chosen, asked, name, *layer.shape, layer.groups)
 
 
 def _matches(given: Sequence[str], prunable: Sequence[str], modules: Mapping[str, nn.Module], what: str, *, must_prune: bool) -> list[str]:
@@ -104,7 +118,7 @@ def refuse_shared_norms(model: nn.Module, holders: Mapping[str, str]) -> None:
     for name, module in model.named_modules():
         for label, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(parameter.data_ptr() or id(parameter), []).append(f"{name}.{label}" if name else label)
+                owners.setdefault(parameter.data_ptr() or id(parameter), []).append(state_key(name, label))
     for layer, norm in holders.items():
         bias = cast(nn.Parameter, model.get_submodule(norm).bias)
         shared = owners[bias.data_ptr() or id(bias)]

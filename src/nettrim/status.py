@@ -1,4 +1,4 @@
-"""How a solve ended, and the errors that refuse bad input. Every member and every error names its remedy."""
+"""How a solve ended, and the errors that refuse bad input; every member and every error names its remedy. What others' errors say."""
 
 from __future__ import annotations
 
@@ -52,3 +52,8 @@ class NothingToPrune(InvalidInput):
 
 class CertificateError(NetTrimError):
     """A stored certificate does not hold when it is recomputed."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of others says, no longer than a message can hold; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -11,7 +11,7 @@ from .layers import is_prunable
 from .status import InvalidInput
 
 
-def key(module: str, label: str) -> str:
+def state_key(module: str, label: str) -> str:
     """The state-dict key of a module's own entry."""
     return f"{module}.{label}" if module else label
 
@@ -24,9 +24,9 @@ def own_keys(names: Iterable[str], norms: Mapping[str, str], modules: Mapping[st
     """
     found = set()
     for name in names:
-        found |= {key(name, "weight"), key(name, "bias")}
+        found |= {state_key(name, "weight"), state_key(name, "bias")}
         if norms.get(name) and modules[name].bias is None:
-            found.add(key(norms[name], "bias"))
+            found.add(state_key(norms[name], "bias"))
     return found
 
 

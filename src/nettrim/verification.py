@@ -20,24 +20,14 @@ from torch import Tensor
 from . import calibration as data
 from .calibration import Calibration
 from .capture import Replica, Scan, Selection, paired, selection_for
-from .certificate import (
-    Certificate,
-    LayerCertificate,
-    LayerTally,
-    NetworkCertificate,
-    entry_norm,
-    spectral_norm,
-    within,
-)
+from .certificate import Certificate, LayerCertificate, NetworkCertificate, within
 from .graph import Chain, Graph
-from .heldout import certify_heldout, check_heldout
 from .outputs import changed_integers, changed_plain, outputs_of, squares
 from .predictions import classes_of, rows_of, stayed
 from .preimage import Activation
 from .progress import Advance, counted, silent
+from .tally import LayerTally, entry_norm, spectral_norm
 from .units import Call, Unit
-
-__all__ = ["Claim", "Setup", "certify", "certify_heldout", "check_heldout", "versions"]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from .layers import add_bias, can_take_bias
 from .opening import how_opened
 from .patterns import parse
 from .progress import Advance, shown, within
-from .reading import Correction
+from .reading import Correction, Reading
 from .report import PruneReport
 from .report_check import AGREEMENT, differences, unlike
 from .selection import select
@@ -125,15 +125,9 @@ def verify(
         graph = graph.where_trained(reference.model, trained)
         claims = []
         for layer in stored.layers:
-            reading = graph.readings[layer.name]
-            if reading.activation.name != layer.activation:
-                problems.append(f"{layer.name}: the certificate says {layer.activation}, the model's graph says {reading.activation.name}")
-            # what was stated by the user is trusted, and named as such; the certificate may not pass it off as seen in the graph
-            if reading.source != layer.source:
-                problems.append(f"{layer.name}: source of the activation is stated as {layer.source!r}, found as {reading.source!r}")
-            activation = reading.activation if reading.activation.name == layer.activation else preimage.named(layer.activation)
-            asked = (layer.budget, layer.pattern)
-            claims.append(Claim(layer.name, activation, layer.tolerance, layer.gap_kind, layer.gap_level, reading.source, *asked))
+            claim, other = _claim(layer, graph.readings[layer.name])
+            claims.append(claim)
+            problems += other
         setup = Setup(
             method=stored.method,
             program=stored.program,
@@ -148,17 +142,30 @@ def verify(
         reference.graph = pruned.graph = graph
         again = certify(reference, pruned, claims, graph, batches, found, setup, within(advance, 1, pieces))
         problems += _compare(stored, again)
-        problems += _heldout_arithmetic(stored)
+        if stored.heldout is not None:
+            problems += [f"held-out: {problem}" for problem in heldout_contradictions(stored.heldout)]
         if heldout is not None:
-            again, differences = _recheck_heldout(
-                stored, again, reference, pruned, Calibration(heldout, "heldout"), batches, within(advance, 2, pieces)
-            )
-            problems += differences
+            unseen = Calibration(heldout, "heldout")
+            again, more = _recheck_heldout(stored, again, reference, pruned, unseen, batches, within(advance, 2, pieces))
+            problems += more
     if not again.sound:
         problems += again.failures()
     if problems:
         raise CertificateError("the certificate does not recompute:\n" + "\n".join(f"- {problem}" for problem in dict.fromkeys(problems)))
     return replace(again, not_checked=_not_checked(stored, report, heldout is not None))
+
+
+def _claim(layer: LayerCertificate, reading: Reading) -> tuple[Claim, list[str]]:
+    """What is to be certified of a layer again, and where its certificate says other things of its activation than the graph."""
+    problems = []
+    if reading.activation.name != layer.activation:
+        problems.append(f"{layer.name}: the certificate says {layer.activation}, the model's graph says {reading.activation.name}")
+    # what was stated by the user is trusted, and named as such; the certificate may not pass it off as seen in the graph
+    if reading.source != layer.source:
+        problems.append(f"{layer.name}: source of the activation is stated as {layer.source!r}, found as {reading.source!r}")
+    activation = reading.activation if reading.activation.name == layer.activation else preimage.named(layer.activation)
+    asked = (layer.budget, layer.pattern)
+    return Claim(layer.name, activation, layer.tolerance, layer.gap_kind, layer.gap_level, reading.source, *asked), problems
 
 
 def _not_checked(stored: Certificate, report: PruneReport, heldout: bool) -> tuple[str, ...]:
@@ -219,11 +226,6 @@ def _changed_elsewhere(model: nn.Module, pruned: nn.Module, own: set[str], train
     if not problems and stated != tuple(trained):
         problems.append("trained: entries are stated twice, or in another order than the model's")
     return problems
-
-
-def _heldout_arithmetic(stored: Certificate) -> list[str]:
-    """What cannot be in a held-out statement, whatever the data."""
-    return [] if stored.heldout is None else [f"held-out: {problem}" for problem in heldout_contradictions(stored.heldout)]
 
 
 def _recheck_heldout(

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..certificate import spectral_norm
+from ..tally import spectral_norm
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def layers_command(
     if found.left:
         console.print(left_table(found))
     pruned = sum(layer.weights for layer in found.layers)
-    vectors = found.parameters - pruned - sum(part.weights for part in found.left)
+    vectors = found.parameters - pruned - sum(part.parameters for part in found.left)
     console.print(
         f"{len(found.layers)} layers with {pruned:,} weights would be pruned, of {found.parameters:,} parameters "
         f"({vectors:,} of them in biases, norms and other vectors, which are never pruned)",

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..calibration import check_batch, inputs_of, keywords_of
 from ..capture import Replica, device_of, random_state_kept, replicate
-from ..diagnosis import cannot_run, first_line
+from ..diagnosis import must_run
 from ..graph import read
 from ..layers import without_values
 from ..outputs import Outputs, largest_difference, outputs_of
-from ..status import InvalidInput, NetTrimError
+from ..status import InvalidInput, NetTrimError, first_line
 from ..wrappers import takes_models
 from . import constants
 from .channels import Flow
@@ -126,13 +126,8 @@ def check(model: object, example: Any, what: str) -> None:
 
 def outputs(twin: Replica, example: Any, what: str) -> Outputs:
     """The network's outputs on the example. Raises InvalidInput."""
-    try:
-        found = twin.run(example)
-    except InvalidInput:
-        raise
-    except Exception as error:  # a user's forward may raise anything
-        raise InvalidInput(f"{what}: the model cannot run on the example: {cannot_run(twin.model, twin.run, example, error)}") from error
-    return outputs_of(found)
+    with must_run(twin.model, twin.run, example, f"{what}: the model cannot run on the example"):
+        return outputs_of(twin.run(example))
 
 
 def channel_flow(twin: Replica, example: Any, what: str) -> Flow:

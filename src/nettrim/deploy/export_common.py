@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import staging
 from ..calibration import inputs_of
 from ..capture import Replica, replicate
-from ..diagnosis import cannot_run
+from ..diagnosis import must_run
 from ..outputs import Outputs, outputs_of
 from ..status import InvalidInput, NetTrimError
 from .compact import check, outputs
@@ -45,12 +45,8 @@ def copied(inputs: Any) -> Any:
 
 def ran(twin: Replica, inputs: Any) -> Outputs:
     """What the model puts out. Raises InvalidInput."""
-    try:
-        found = twin.run(copied(inputs))
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        reason = cannot_run(twin.model, twin.run, inputs, error)
-        raise InvalidInput(f"export: the model cannot run on a batch of {count(inputs)}: {reason}") from error
-    return outputs_of(found)
+    with must_run(twin.model, twin.run, inputs, f"export: the model cannot run on a batch of {count(inputs)}"):
+        return outputs_of(twin.run(copied(inputs)))
 
 
 def count(inputs: Any) -> int:

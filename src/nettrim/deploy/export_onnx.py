@@ -16,7 +16,7 @@ from .. import staging
 from ..outputs import Outputs, largest_difference, outputs_of
 from ..quiet import quiet, unheard
 from ..solvers.reference import MissingExtra
-from ..status import InvalidInput
+from ..status import InvalidInput, first_line
 from .export_common import allowed, check_output, ran, refuse_different, resized, start
 from .export_program import traced
 from .export_result import Exported
@@ -56,8 +56,7 @@ def export_onnx(model: object, example: Any, path: str | Path, force: bool = Tru
         onnx.checker.check_model(data, full_check=True)
         session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     except Exception as error:  # the exporter, onnx and onnxruntime each raise kinds of their own
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InvalidInput(f"export: no ONNX file could be made of the model ({first}); nothing is written") from error
+        raise InvalidInput(f"export: no ONNX file could be made of the model ({first_line(error)}); nothing is written") from error
     for samples in sizes:
         batch = resized(inputs, samples)
         wanted = ran(twin, batch)

@@ -14,7 +14,7 @@ from .. import staging
 from ..capture import Replica
 from ..outputs import largest_difference, outputs_of
 from ..quiet import unheard
-from ..status import InvalidInput
+from ..status import InvalidInput, first_line
 from .export_common import allowed, batched, check_output, copied, count, ran, refuse_different, resized, start
 from .export_result import Exported
 
@@ -61,7 +61,7 @@ def traced(twin: Replica, inputs: Any) -> tuple[ExportedProgram, tuple[int, ...]
         try:
             program = _program(twin, inputs if least is None else resized(inputs, 2), least, along)
         except Exception as error:  # torch.export raises many kinds; what only the free size caused goes away without it
-            causes.append(_first(error))
+            causes.append(first_line(error))
             if least is None:
                 raise InvalidInput(
                     f"export: torch.export cannot follow the model ({causes[-1]}); take data-dependent branches out of forward"
@@ -93,7 +93,3 @@ def _program(twin: Replica, inputs: Any, least: int | None, along: Any) -> Expor
             shapes = {key: {0: dim} if along[key] else None for key in named}
     with torch.no_grad(), unheard():
         return torch.export.export(twin.model, positional, named, dynamic_shapes=shapes)
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

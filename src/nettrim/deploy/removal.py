@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from ..calibration import forward
-from ..diagnosis import first_line
 from ..outputs import outputs_of
 from ..solvers.reference import MissingExtra
+from ..status import first_line
 from .channels import End, Flow
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import Replica
+from ..status import first_line
 from .sparse_candidates import SEARCHED, Candidate, Found, inputs_seen, layers_of
 from .timing import side_by_side
 
@@ -27,7 +28,7 @@ def search(twin: Replica, example: Any, budget: float) -> Found:
                 compressed = torch.sparse.to_sparse_semi_structured(layer.weight.detach())
                 replaced.get_submodule(name).weight = nn.Parameter(compressed, requires_grad=False)
             except (RuntimeError, NotImplementedError, ValueError) as error:
-                reason = f"a device without the kernel, or a size it does not take: {str(error).splitlines()[0]}"
+                reason = f"a device without the kernel, or a size it does not take: {first_line(error)}"
         if reason:
             found.unable[name] = reason
             continue

@@ -18,6 +18,7 @@ from ..graph import read
 from ..nodes import hooked
 from ..outputs import outputs_of
 from ..progress import Advance, counted, silent
+from ..status import first_line
 from .regions import Placed, Shapes, able, rebuilt, recorded, shapes_of
 from .sparse_chain import SparseChain, csr
 from .sparse_module import SparseModule
@@ -320,8 +321,7 @@ def _one_by_one(twin: Replica, example: Any, budget: float, native: bool, found:
     try:
         outputs_of(Replica(made, twin.device, None).run(example))
     except Exception as error:  # a forward that reads its layers' weights, for one
-        words = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        found.notes.append(f"the model does not run with its layers replaced ({words}): it stays dense")
+        found.notes.append(f"the model does not run with its layers replaced ({first_line(error)}): it stays dense")
         return
     found.candidates["sparse where faster alone"] = Candidate(made, {name: kind for name, (kind, _) in best.items()})
 

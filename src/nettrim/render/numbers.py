@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ..certificate import LayerCertificate
+from ..progress import duration as whole_duration
 
 NONE = "-"
 
@@ -78,8 +79,7 @@ def duration(seconds: float) -> str:
     """A time with its unit: 4.20 s, 3 min 5 s, 2 h 10 min."""
     if seconds < 120 or not math.isfinite(seconds):
         return f"{seconds_text(seconds)} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return whole_duration(seconds)
 
 
 def plural(count: int, noun: str) -> str:

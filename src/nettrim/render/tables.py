@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD, Box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..certificate import Certificate
 from ..report import PruneReport
 from ..status import Status
-from .fitting import PLAIN_BOX as _PLAIN_BOX
-from .fitting import Column as _Column
-from .fitting import fitting_table as _table
+from .fitting import PLAIN_BOX, Column, fitting_table, plain_text
 from .numbers import clean, densities_text, percent, seconds_text, share_of, share_over_all_rows, short_count
 from .words import headline, layer_remarks, left_out_words
 
@@ -67,27 +63,27 @@ def _report_table(report: PruneReport, box: Box) -> Table:
     tolerances = any(layer.tolerance is not None for layer in layers)
     unmet = sum(not layer.status.ok for layer in layers)
     columns = [
-        _Column("layer", [layer.name for layer in layers], "total", fold=6),
-        _Column("shape", [f"{layer.inputs}->{layer.outputs}" for layer in layers]),
-        _Column("activ-\nation", [layer.activation for layer in layers], fold=6),
-        _Column("density", [percent(layer.density) for layer in layers], percent(report.density)),
-        _Column(
+        Column("layer", [layer.name for layer in layers], "total", fold=6),
+        Column("shape", [f"{layer.inputs}->{layer.outputs}" for layer in layers]),
+        Column("activ-\nation", [layer.activation for layer in layers], fold=6),
+        Column("density", [percent(layer.density) for layer in layers], percent(report.density)),
+        Column(
             "nonzeros/\nweights",
             [f"{short_count(layer.nonzeros)}/{short_count(layer.weights)}" for layer in layers],
             f"{short_count(report.nonzeros)}/{short_count(report.weights)}",
         ),
-        _Column("dis-\ntance", [percent(layer.relative_distance) for layer in layers]),
+        Column("dis-\ntance", [percent(layer.relative_distance) for layer in layers]),
     ]
     if tolerances:
-        columns.append(_Column("toler-\nance", [percent(layer.relative_tolerance) for layer in layers]))
+        columns.append(Column("toler-\nance", [percent(layer.relative_tolerance) for layer in layers]))
     if any(layer.gap is not None for layer in layers):
-        columns.append(_Column("gap", [percent(layer.gap, +1) for layer in layers]))
+        columns.append(Column("gap", [percent(layer.gap, +1) for layer in layers]))
     columns += [
-        _Column("status", [_status(layer.status) for layer in layers], f"{unmet:,} not" if unmet else "all met", justify="left"),
-        _Column("s", [seconds_text(layer.seconds) for layer in layers], seconds_text(report.seconds)),
+        Column("status", [_status(layer.status) for layer in layers], f"{unmet:,} not" if unmet else "all met", justify="left"),
+        Column("s", [seconds_text(layer.seconds) for layer in layers], seconds_text(report.seconds)),
     ]
     what = "distance and tolerance" if tolerances else "distance"
-    return _table(columns, f"{what}: share of the norm of the layer's reference output", box=box)
+    return fitting_table(columns, f"{what}: share of the norm of the layer's reference output", box=box)
 
 
 def report_table(report: PruneReport) -> Table:
@@ -97,12 +93,7 @@ def report_table(report: PruneReport) -> Table:
 
 def report_text(report: PruneReport) -> str:
     """The report as plain text without control codes: headline, table with an ASCII frame, what to do, notes."""
-    console = Console(
-        file=io.StringIO(), width=_WIDTH, color_system=None, force_terminal=False, force_jupyter=False, no_color=True, legacy_windows=False
-    )
-    with console.capture() as capture:
-        console.print(_report_table(report, _PLAIN_BOX))
-    lines = [textwrap.fill(headline(report), _WIDTH), "", *(line.rstrip() for line in capture.get().splitlines())]
+    lines = [textwrap.fill(headline(report), _WIDTH), "", plain_text(_report_table(report, PLAIN_BOX), width=_WIDTH)]
     notes = [f"{clean(layer.name)}: {remark}" for layer in report.layers for remark in layer_remarks(layer)]
     notes += [clean(note) for note in report.notes]
     for title, texts in (("not pruned", left_out_words(report)), ("notes", notes)):
@@ -120,8 +111,8 @@ def certificate_table(certificate: Certificate) -> Table:
     layers, network = certificate.layers, certificate.network
     sampled = any(layer.rows != layer.rows_total for layer in layers)
     columns = [
-        _Column("layer", [layer.name for layer in layers], "network output", fold=8),
-        _Column(
+        Column("layer", [layer.name for layer in layers], "network output", fold=8),
+        Column(
             "rows",
             [
                 f"{layer.rows:,}" if layer.rows == layer.rows_total else f"{short_count(layer.rows)}/{short_count(layer.rows_total)}"
@@ -129,17 +120,17 @@ def certificate_table(certificate: Certificate) -> Table:
             ],
             f"{network.rows:,}",
         ),
-        _Column("distance", [percent(share_of(layer.distance, layer.reference_norm)) for layer in layers]),
+        Column("distance", [percent(share_of(layer.distance, layer.reference_norm)) for layer in layers]),
     ]
     if any(layer.tolerance is not None for layer in layers):
-        columns.append(_Column("tolerance", [percent(share_of(layer.tolerance, layer.reference_norm)) for layer in layers]))
+        columns.append(Column("tolerance", [percent(share_of(layer.tolerance, layer.reference_norm)) for layer in layers]))
     columns += [
-        _Column(
+        Column(
             "discrep-\nancy",
             [percent(share_over_all_rows(layer.discrepancy, layer)) for layer in layers],
             percent(share_of(network.achieved, network.reference_norm)),
         ),
-        _Column(
+        Column(
             "proven\nbound",
             [percent(share_over_all_rows(layer.bound, layer), +1) for layer in layers],
             percent(share_of(network.bound, network.reference_norm), +1),
@@ -147,17 +138,17 @@ def certificate_table(certificate: Certificate) -> Table:
     ]
     if certificate.program == "halfspace" and any(layer.theorem is not None for layer in layers):
         columns.append(
-            _Column(
+            Column(
                 "theorem's\nbound",
                 [percent(share_over_all_rows(layer.theorem, layer), +1) for layer in layers],
                 percent(share_of(network.bound_link_normalised, network.reference_norm), +1),
             )
         )
     if any(layer.gap is not None for layer in layers):
-        columns.append(_Column("gap", [percent(layer.gap, +1) for layer in layers]))
-    columns.append(_Column("holds", [_yes_no(layer.holds) for layer in layers], _yes_no(network.holds)))
+        columns.append(Column("gap", [percent(layer.gap, +1) for layer in layers]))
+    columns.append(Column("holds", [_yes_no(layer.holds) for layer in layers], _yes_no(network.holds)))
     caption = "shares of the norm of the reference output" + ("; over sampled rows compared per row" if sampled else "")
-    return _table(columns, caption, f"certificate: {certificate.verdict.value}")
+    return fitting_table(columns, caption, f"certificate: {certificate.verdict.value}")
 
 
 def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
@@ -174,5 +165,5 @@ def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
         "certi-\nficate": 6,
     }
     cells = [row.cells() for row in rows]
-    columns = [_Column(header, [row[index] for row in cells], fold=fold) for index, (header, fold) in enumerate(widths.items())]
-    return _table(columns, "discrepancy and bound: share of the norm of the reference network's output", last_row=False)
+    columns = [Column(header, [row[index] for row in cells], fold=fold) for index, (header, fold) in enumerate(widths.items())]
+    return fitting_table(columns, "discrepancy and bound: share of the norm of the reference network's output", last_row=False)
