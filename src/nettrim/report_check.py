@@ -12,6 +12,7 @@ from .capture import Scan
 from .certificate import Certificate, LayerCertificate
 from .graph import Graph
 from .layers import view
+from .methods.nettrim import SHIFTED
 from .methods.targets import kept_weights, lookup
 from .report import LayerReport, PruneReport
 from .whole import whole_model
@@ -28,6 +29,9 @@ def unlike(report: PruneReport, stored: Certificate, pruned: nn.Module, found: S
     for key, value in (("max_samples", stored.max_samples), ("program", stored.program)):
         if report.settings.get(key, "none") != value:
             problems.append(f"report: {key} is not that of the certificate, {value!r}")
+    shifted = SHIFTED in stored.method  # no setting of the report takes a check away
+    if shifted != (report.settings.get("correction", 1) != 1):
+        problems.append("report: correction is not that of the certificate's method")
     if [layer.name for layer in report.layers] != [layer.name for layer in stored.layers]:
         return [*problems, "report: its layers are not those of the certificate"]
     modules = dict(pruned.named_modules())
@@ -51,7 +55,7 @@ def unlike(report: PruneReport, stored: Certificate, pruned: nn.Module, found: S
             problems.append(f"report, {said.name}: its status is {said.status.value!r}, but it does not meet what was asked of it")
         moving = said.target.startswith("inflation") and found.calls[layer.name] > 1  # its original distance is not what it was
         later = [other.name for other in report.layers[place + 1 :]]
-        unclaimed = moving or report.settings.get("correction", 1) != 1 or bool(graph.feeding(layer.name, later))
+        unclaimed = moving or shifted or bool(graph.feeding(layer.name, later))
         problems += _target(said, layer, report.settings, unclaimed=unclaimed, exact=stored.program == "preimage")
     return problems + _whole(report, pruned)
 

@@ -19,6 +19,7 @@ from . import published
 from .settings import settings
 from .targets import PerLayer, check_target, numbers, target_for, weights_kept
 
+SHIFTED = ", correction "  # in a method's description, before how far its targets stand
 ABOVE_BEST = 1.01  # an unreachable tolerance is replaced by the best reachable distance times this
 
 
@@ -190,7 +191,8 @@ class NetTrim:
         kappa = "" if self.kappa == 1 else f", kappa {self.kappa:g}"
         pattern = "" if self.pattern is None else f", pattern {self.pattern}"
         effort = ", quick" if self._quick else ""
-        return f"NetTrim {self.chosen_norm}, {self.program} program{pattern}{effort}{gamma}{kappa}"
+        shifted = "" if self.correction == 1 else f"{SHIFTED}{self.correction!r}"
+        return f"NetTrim {self.chosen_norm}, {self.program} program{pattern}{effort}{gamma}{kappa}{shifted}"
 
     def target(self, layer: str) -> float | None:
         """The target of that layer; ``None`` when a mapping does not name it."""
