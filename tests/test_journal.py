@@ -152,3 +152,15 @@ def test_a_whole_line_that_is_no_record_is_refused_at_the_end_too(tmp_path: Path
     path.write_text(path.read_text() + '{"other": 1}\n')
     with pytest.raises(InvalidInput, match="one JSON record a line"):
         Journal(path, HEADER)
+
+
+def test_two_at_once_do_not_write_the_same_file(tmp_path: Path) -> None:
+    """The second would replace the file, and what the first finishes would be written to one that nobody finds any more."""
+    path = tmp_path / "runs.jsonl"
+    with Journal(path, {"seed": 0}) as first:
+        first.add("a", {"value": 1})
+        with pytest.raises(InvalidInput, match="another process is writing"), Journal(path, {"seed": 0}):
+            pass
+        first.add("b", {"value": 2})
+    with Journal(path, {"seed": 0}) as after:
+        assert set(after.records) == {"a", "b"}

@@ -74,7 +74,7 @@ NETWORKS = (
 )
 PRESENTATION = ("rich", "typer", "jinja2", "matplotlib")
 # the library itself never draws; experiments/recovery.py draws the figures of its own study
-PRESENTERS = ("cli", "render", "progress", "__main__", "experiments")
+PRESENTERS = ("cli", "render", "progress", "terminal", "__main__", "experiments")
 
 
 def name_of(path: Path) -> str:

@@ -167,12 +167,14 @@ def _write_weights(state: Mapping[str, Tensor], file: Path, more: Mapping[str, s
 
 
 def _refuse_unknown(stored: Mapping[str, Tensor], write: Callable[[], object]) -> None:
-    """Writes, and raises InvalidInput for dtypes that safetensors does not know."""
+    """Writes, and raises InvalidInput for dtypes and names that safetensors does not know."""
     try:
         write()
     except KeyError as error:
         known = ", ".join(key for key, value in stored.items() if value.dtype in error.args) or error
         raise InvalidInput(f"weights: safetensors does not hold {error} ({known}); convert it first, or use torch.save") from error
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"weights: safetensors does not hold the name {error.object!r} ({error.reason}); rename that module") from error
 
 
 def save(
@@ -337,6 +339,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def _there(path: Path) -> Path:
     """The file, found where an interrupted save of its folder left it. Raises InvalidInput where there is none."""
     found = staging.find(path.parent, path.name)
+    if found.is_dir():
+        inside = f", such as {path / MODEL}" if staging.find(path, MODEL).is_file() else ""
+        raise InvalidInput(f"weights file {path}: it is a folder; name the file in it that holds the weights{inside}")
     if not found.is_file():
         raise InvalidInput(f"weights file {path}: there is no such file")
     return found

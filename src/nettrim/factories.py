@@ -29,15 +29,21 @@ def made_by(text: str, what: str) -> Any:
     Raises:
         InvalidInput: no such file, module or name, or one that fails; the message names what there is.
     """
-    place, _, attribute = text.rpartition(":")
-    if not place or not attribute:
-        raise InvalidInput(f"{what} {text!r}: {_instead(text, what)}")
+    place, attribute = factory_named(text, what)
     by_path = place.endswith(".py")
-    if not by_path and not all(part.isidentifier() for part in place.split(".")):
-        raise InvalidInput(f"{what} {text!r}: {place!r} is no module's name; write package.module:factory or file.py:factory")
     with _searched(Path(place).resolve().parent if by_path else Path.cwd()):
         module = _loaded(Path(place), text, what) if by_path else _imported(place, text, what)
         return _called(_found(module, place, attribute, text, what), text, what)
+
+
+def factory_named(text: str, what: str) -> tuple[str, str]:
+    """The module or file, and the name in it. Raises InvalidInput, with what to write, for a text of another form; nothing is imported."""
+    place, _, attribute = text.rpartition(":")
+    if not place or not attribute:
+        raise InvalidInput(f"{what} {text!r}: {_instead(text, what)}")
+    if not place.endswith(".py") and not all(part.isidentifier() for part in place.split(".")):
+        raise InvalidInput(f"{what} {text!r}: {place!r} is no module's name; write package.module:factory or file.py:factory")
+    return place, attribute
 
 
 @contextmanager

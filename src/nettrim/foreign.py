@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,11 +69,22 @@ def unpickled(data: bytes | Path, origin: str, wanted: str) -> Any:
             if zipfile.is_zipfile(file):
                 archive(file, origin)
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of pickle's versions
+                return torch.load(file, map_location="cpu", weights_only=True)
     except InvalidInput:
         raise
     except Exception as error:  # torch raises many kinds, for damaged files and for what it does not unpickle
-        raise InvalidInput(f"{origin}: it is not {wanted}, and nothing else is read of such files ({first_line(error)})") from error
+        raise InvalidInput(f"{origin}: it is not {wanted}, and nothing else is read of such files{_refusal(error)}") from error
+
+
+def _refusal(error: Exception) -> str:
+    """Why torch does not unpickle it, without torch's advice to do so all the same."""
+    text = str(error)
+    named = re.search(r"GLOBAL ([\w.]+)", text)
+    if named:
+        return f"; it would call or make {named[1]}"
+    return "" if "weights_only" in text else f" ({first_line(error)})"
 
 
 def dense_state(state: object, origin: str) -> dict[str, Tensor]:

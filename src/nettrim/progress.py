@@ -16,6 +16,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+from .terminal import Terminal
+
 Advance = Callable[[float, float, str], None]
 """Told the pieces that are done, all pieces, and what is being done."""
 
@@ -71,7 +73,7 @@ def shown(progress: bool | Advance, *, still: bool = False, pieces: str = "parts
         elif not progress:
             yield noted(silent)
         else:
-            with Display(Console(stderr=True), still=still) as display:
+            with Display(Terminal(stderr=True), still=still) as display:
                 yield noted(display.advance)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Annotated
 
@@ -10,12 +13,14 @@ import typer
 
 from ..verification import versions
 from . import deployment, overview, pruning, studies
-from .options import Command, ManyValues
-from .output import told
+from .ending import told
+from .options import Command, Commands, ManyValues
 
 app = typer.Typer(
     name="nettrim",
-    help="Prune trained networks layer by layer, with a guarantee. Exit codes: 0 done, 2 bad input, 3 guarantee not met.",
+    cls=Commands,
+    help="Prune trained networks layer by layer, with a guarantee. "
+    "Exit codes: 0 done, 2 bad input, 3 guarantee not met, 130 interrupted; 1 is a fault of nettrim itself.",
     invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -80,4 +85,9 @@ _add("reproduce", studies.reproduce_command, "nettrim reproduce mnist-fc --quick
 
 def main() -> None:
     """Runs the command line."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever called
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # for as long as the program runs
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding does not have
     app()

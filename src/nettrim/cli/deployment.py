@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from torch import nn
 
 from .. import checkpoint
@@ -18,8 +17,9 @@ from ..deploy.bench import SECONDS, SIZES, check_settings
 from ..deploy.export import check_target
 from ..render import bench_files, bench_table
 from ..sources import batches_from, model_from
+from ..terminal import Terminal
+from .ending import answer
 from .options import BatchSize, Data, Device, Force, Json, ManyValues, Model, Untrained, check_weights
-from .output import print_json
 
 
 class FormatName(StrEnum):
@@ -55,6 +55,7 @@ def export_command(
     as_json: Json = False,
 ) -> None:
     """Write a model as ONNX, as a torch.export program or as C99, checked against the model on the first batch of the data."""
+    check_weights(model, weights, untrained)
     read = checkpoint.files_of((model, weights, data))
     chosen = check_target(output, None if format is None else format.value, force=force, inputs=read)
     network = saved_model(model, weights, untrained)
@@ -63,9 +64,9 @@ def export_command(
     made = export(network if small is None else small.model, example, output, format=chosen, force=force, progress=not as_json)
     if as_json:
         parameters = None if small is None else {"before": small.parameters[0], "after": small.parameters[1], "notes": list(small.notes)}
-        print_json({"exported": made.to_dict(), "compacted": parameters})
+        answer({"exported": made.to_dict(), "compacted": parameters})
         return
-    console = Console()
+    console = Terminal()
     for text in (small, made):
         if text is not None:
             console.print(str(text), highlight=False, markup=False, soft_wrap=True)
@@ -121,9 +122,9 @@ def bench_command(
     )
     files = [] if output is None else bench_files.write(made, output)
     if as_json:
-        print_json(made.to_dict() | {"files": [str(file) for file in files]})
+        answer(made.to_dict() | {"files": [str(file) for file in files]})
         return
-    console = Console()
+    console = Terminal()
     for table in bench_table.bench_tables(made):
         console.print(table)
     for line in (*bench_table.bench_lines(made), *(f"written: {file}" for file in files)):

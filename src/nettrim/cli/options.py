@@ -11,9 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..factories import factory_named
 from ..methods.targets import PerLayer
 from ..sources import Source, carries_weights, source_from
 from ..status import InvalidInput
+from .ending import usage_told
 
 
 class Scheme(StrEnum):
@@ -92,7 +94,17 @@ class Command(typer.core.TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Keeps them for :func:`again`."""
         _written.set((ctx.info_name, *args))
-        return super().parse_args(ctx, args)
+        with usage_told(args):
+            return super().parse_args(ctx, args)
+
+
+class Commands(typer.core.TyperGroup):
+    """The commands by name; one that there is not is told of in JSON too."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is named first."""
+        with usage_told(args):
+            return super().resolve_command(ctx, args)
 
 
 def again(*more: str) -> str:
@@ -100,16 +112,19 @@ def again(*more: str) -> str:
     return shlex.join(["nettrim", *_written.get(), *more])
 
 
-def check_weights(text: str, weights: Path | None, untrained: bool) -> None:
+def check_weights(text: str, weights: Path | None, untrained: bool, *, known: bool = False) -> None:
     """Refuses a factory without ``--weights`` whose own weights ``--untrained`` does not ask for, and both; a program holds its own.
+    Which weights are meant can be ``known``: a saved result has the hash of those that it was made from.
 
     Raises:
-        InvalidInput: the message holds the command as it could be meant.
+        InvalidInput: the message holds the command as it could be meant. Or it is no name of a factory.
     """
+    if not carries_weights(text):
+        factory_named(text, "model")
     if carries_weights(text):
         if untrained:
             raise InvalidInput(f"model {text}: a .pt2 program holds its weights; leave out --untrained")
-    elif weights is None and not untrained:
+    elif weights is None and not untrained and not known:
         raise InvalidInput(
             f"model {text}: a factory makes a model, not its trained weights; add --weights FILE. If the factory loads them itself, or "
             f"random weights are meant, say so:\n  {again('--untrained')}"
@@ -118,9 +133,9 @@ def check_weights(text: str, weights: Path | None, untrained: bool) -> None:
         raise InvalidInput(f"--weights {weights} and --untrained say two things of the weights; leave out one")
 
 
-def given_model(text: str, weights: Path | None, untrained: bool) -> Source:
+def given_model(text: str, weights: Path | None, untrained: bool, *, known: bool = False) -> Source:
     """The model that a command is given, with its trained weights. Raises InvalidInput."""
-    check_weights(text, weights, untrained)
+    check_weights(text, weights, untrained, known=known)
     return source_from(text, weights)
 
 

@@ -1,58 +1,25 @@
-"""What commands show, and the exit codes with which they end."""
+"""What commands show of a result."""
 
 from __future__ import annotations
 
-import functools
-import json
 import shlex
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec
-
-from rich.console import Console
+from typing import Any
 
 from .. import checkpoint, render
 from ..certificate import Certificate
-from ..progress import NOTHING_KEPT
 from ..report import PruneReport
-from ..status import CertificateError, NetTrimError
+from ..status import CertificateError
 from ..summary import NEXT, result_text
-
-GUARANTEE_NOT_MET = 3
-BAD_INPUT = 2
-INTERRUPTED = 130
-
-Given = ParamSpec("Given")
-
-
-def told(command: Callable[Given, None]) -> Callable[Given, None]:
-    """Turns errors into messages and exit codes."""
-
-    @functools.wraps(command)
-    def run(*args: Given.args, **kwargs: Given.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except CertificateError as error:
-            fail(str(error), GUARANTEE_NOT_MET)
-        except NetTrimError as error:
-            fail(str(error), BAD_INPUT)
-        except KeyboardInterrupt as stop:  # what was under way has said how far it was, and what is kept
-            fail(f"interrupted {stop}" if str(stop) else f"interrupted: {NOTHING_KEPT}", INTERRUPTED)
-
-    return run
-
-
-def fail(message: str, code: int) -> NoReturn:
-    """Ends the command with a message on standard error."""
-    Console(stderr=True).print(f"error: {message}", style="bold", highlight=False, markup=False, soft_wrap=True)
-    sys.exit(code)
+from ..terminal import Terminal
+from .ending import answer
 
 
 def exit_unless_met(certificate: Certificate) -> None:
-    """Anything but the verdict "holds" ends with exit code 3."""
+    """Anything but the verdict "holds" ends with exit code 3. Raises CertificateError."""
     if not certificate.holds:
-        fail(f"guarantee {certificate.verdict_words()}", GUARANTEE_NOT_MET)
+        raise CertificateError(f"guarantee {certificate.verdict_words()}")
 
 
 def show(
@@ -68,9 +35,9 @@ def show(
     measured of it (``bench``)."""
     if as_json:
         data = {"output": str(folder), "report": report.to_dict(), "certificate": certificate.to_dict(), "size": size_of(folder)}
-        print_json(data | ({} if bench is None else {"bench": bench}))
+        answer(data | ({} if bench is None else {"bench": bench}))
         return
-    console = Console()
+    console = Terminal()
     console.print(render.report_table(report))
     console.print(render.certificate_table(certificate))
     notes = [*report.notes, *(f"{layer.name}: {text}" for layer in report.layers for text in render.layer_remarks(layer))]
@@ -84,9 +51,10 @@ def show(
 
 def next_commands(folder: Path, names: Sequence[str]) -> str:
     """The commands that follow a prune, with the names that it was given; ``names`` are its model, weights and data, as words."""
+    place = f"./{folder}" if str(folder).startswith("-") else str(folder)  # or it is read as an option
     given = shlex.join(names)
-    plain = shlex.join([names[0], "--weights", str(folder), *names[-2:]])
-    lines = (f"verify {shlex.quote(str(folder))} {given}", f"bench {plain}", f"export {plain} --compact --output model.onnx")
+    plain = shlex.join([names[0], "--weights", place, *names[-2:]])
+    lines = (f"verify {shlex.quote(place)} {given}", f"bench {plain}", f"export {plain} --compact --output model.onnx")
     return "\n          ".join(f"nettrim {line}" for line in lines)
 
 
@@ -103,8 +71,3 @@ def size_words(folder: Path) -> str:
         return f"weights: {checkpoint.MODEL} is not in this folder"
     packed = f"; {size['packed']} of {size['tensors']} tensors packed" if size["packed"] else ""
     return f"weights: {size['stored_bytes']:,} bytes on disk, {size['dense_bytes']:,} dense ({size['ratio']:.1%}{packed})"
-
-
-def print_json(data: Mapping[str, Any]) -> None:
-    """One JSON object on standard output."""
-    sys.stdout.write(json.dumps(data, indent=1, allow_nan=False) + "\n")

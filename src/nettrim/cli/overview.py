@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ..overview import overview
 from ..render.overview import left_table, overview_table
 from ..sources import batches_from, carries_weights, source_from
+from ..terminal import Terminal
+from .ending import answer
 from .options import BatchSize, Device, Ignore, Json, Layers, Model
-from .output import print_json
 
 
 def layers_command(
@@ -31,9 +31,9 @@ def layers_command(
     found = overview(source.model, batches, layers=layers, ignore=ignore or (), device=device)
     notes = [*found.notes, *(source.notes if weights is not None or carries_weights(model) else ())]
     if as_json:
-        print_json(found.to_dict() | {"notes": notes})
+        answer(found.to_dict() | {"notes": notes})
         return
-    console = Console()
+    console = Terminal()
     console.print(overview_table(found))
     if found.left:
         console.print(left_table(found))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from .. import checkpoint, render, staging
 from ..distill import distill
@@ -18,8 +17,10 @@ from ..recertify import recertify
 from ..render import bench_files, bench_table
 from ..render.distilled import distilled_words
 from ..sources import Source, batches_from
-from ..status import CertificateError, InvalidInput
+from ..status import CertificateError, InvalidInput, NetTrimError
+from ..terminal import Terminal
 from ..verify import verify
+from .ending import answer
 from .method import METHODS, method_from
 from .options import (
     ActivationOption,
@@ -40,11 +41,12 @@ from .options import (
     Untrained,
     Weights,
     by_layer,
+    check_weights,
     given_model,
     readings,
     target,
 )
-from .output import exit_unless_met, next_commands, print_json, show, size_of
+from .output import exit_unless_met, next_commands, show, size_of
 
 
 class Norm(StrEnum):
@@ -164,6 +166,7 @@ def prune_command(
     chosen = method_from(method, options, seed)
     corrections, activations = readings(reading), by_layer("activation", activation)
     read = (model, weights, data, heldout)
+    check_weights(model, weights, untrained)
     checkpoint.check_output(output, force=force, inputs=read)
     source = given_model(model, weights, untrained)
     network = source.model
@@ -212,9 +215,8 @@ def verify_command(
     as_json: Json = False,
 ) -> None:
     """Recompute a saved certificate from the files, the reference model and the data."""
-    source = given_model(model, weights, untrained)
-    network = source.model
     try:
+        network = given_model(model, weights, untrained, known=True).model
         certificate = verify(
             folder,
             network,
@@ -223,17 +225,18 @@ def verify_command(
             device=device,
             progress=not as_json,
         )
-    except CertificateError as error:
+    except NetTrimError as error:
+        verdict = "does not recompute" if isinstance(error, CertificateError) else "could not be checked"
         if as_json:
-            print_json({"verdict": "does not recompute", "holds": False, "error": str(error)})
+            answer({"verdict": verdict, "holds": False})
         else:
-            Console().print(f"NOT verified: {folder} does not recompute", highlight=False, markup=False, soft_wrap=True)
+            Terminal().print(f"NOT verified: {folder} {verdict}", highlight=False, markup=False, soft_wrap=True)
         raise
     if as_json:
         told = certificate.to_dict()
-        print_json({key: told[key] for key in ("verdict", "holds")} | {"certificate": told, "not_checked": certificate.not_checked})
+        answer({key: told[key] for key in ("verdict", "holds")} | {"certificate": told, "not_checked": certificate.not_checked})
     else:
-        console = Console()
+        console = Terminal()
         console.print(render.certificate_table(certificate))
         for line in (f"verified: {certificate.verdict_words()}", f"not checked: {'; '.join(certificate.not_checked or ('nothing',))}"):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -261,14 +264,14 @@ def report_command(
     if as_json:
         return
     for sentence in render.certificate_words(certificate)[1:]:
-        Console().print(f"- {sentence}", highlight=False, markup=False)
+        Terminal().print(f"- {sentence}", highlight=False, markup=False)
     if bench is not None:
         for table in bench_table.bench_tables(bench):
-            Console().print(table)
+            Terminal().print(table)
         for line in bench_table.bench_lines(bench):
-            Console().print(line, highlight=False, markup=False)
+            Terminal().print(line, highlight=False, markup=False)
     if stale:
-        Console().print(f"note: {stale}", highlight=False, markup=False)
+        Terminal().print(f"note: {stale}", highlight=False, markup=False)
 
 
 def distill_command(
@@ -296,8 +299,9 @@ def distill_command(
 ) -> None:
     """Fine-tune a pruned model towards the trained one without labels, zeros kept, and certify it anew."""
     read = (folder, model, weights, data, heldout)
+    check_weights(model, weights, untrained, known=True)
     checkpoint.check_output(output, force=force, inputs=read)
-    source = given_model(model, weights, untrained)
+    source = given_model(model, weights, untrained, known=True)
     network = source.model
     checkpoint.check_state(network)
     batches = batches_from(data, network, batch_size)
@@ -329,7 +333,7 @@ def distill_command(
     if as_json:
         told = {item.name: getattr(made, item.name) for item in fields(made) if item.name != "model"}
         made_of = {"report": result.report.to_dict(), "certificate": result.certificate.to_dict(), "size": size_of(output)}
-        print_json({"output": str(output), "distilled": told, **made_of})
+        answer({"output": str(output), "distilled": told, **made_of})
     else:
         show(result.report, result.certificate, output, as_json)
     exit_unless_met(result.certificate)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from .. import checkpoint, render, staging
 from ..bound_query import ask
@@ -20,12 +19,15 @@ from ..render import bench_files, bench_table
 from ..render.bounds import bound_table
 from ..sources import batches_from
 from ..status import InvalidInput
+from ..terminal import Terminal
+from .ending import answer
 from .options import (
     ActivationOption,
     BatchSize,
     Data,
     DatasetName,
     Device,
+    Force,
     Ignore,
     Json,
     Layers,
@@ -37,11 +39,12 @@ from .options import (
     Untrained,
     Weights,
     by_layer,
+    check_weights,
     given_model,
     readings,
     target,
 )
-from .output import exit_unless_met, print_json, show
+from .output import exit_unless_met, show
 
 
 class RuleName(StrEnum):
@@ -92,10 +95,10 @@ def bound_command(
         progress=not as_json,
     )
     if as_json:
-        print_json({"bounds": [bound.to_dict() for bound in asked]})
+        answer({"bounds": [bound.to_dict() for bound in asked]})
         return
     for bound in asked:
-        Console().print(bound_table(bound))
+        Terminal().print(bound_table(bound))
 
 
 def demo_command(
@@ -106,13 +109,14 @@ def demo_command(
     samples: Annotated[int, typer.Option(help="Calibration images.")] = 4096,
     seed: Annotated[int, typer.Option(help="Seed of training and pruning.")] = 0,
     measure: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure size and speed of the result here.")] = True,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Train a small network on real data, prune it in several ways without retraining, compare, and measure size and speed."""
     from ..experiments import demo  # needs the extra packages for data sets
 
-    checkpoint.check_output(output, kind="demo")
-    console = Console(stderr=as_json)
+    checkpoint.check_output(output, force=force, kind="demo")
+    console = Terminal(stderr=as_json)
     done = demo.run(
         dataset.value,
         data=data,
@@ -123,7 +127,7 @@ def demo_command(
         progress=not as_json,
         announce=lambda text: console.print(text, style="bold", highlight=False),
     )
-    checkpoint.save(done.result, output, comparison=done.rows, kind="demo")
+    checkpoint.save(done.result, output, comparison=done.rows, force=force, kind="demo")
     made = None
     if measure:
         console.print("size and speed", style="bold", highlight=False)
@@ -132,7 +136,7 @@ def demo_command(
     if as_json:
         rows = [dict(row.__dict__, densities=list(row.densities)) for row in done.rows]
         data_of = {"comparison": rows, "report": done.result.report.to_dict(), "certificate": done.result.certificate.to_dict()}
-        print_json(data_of | ({} if made is None else {"bench": made.to_dict()}))
+        answer(data_of | ({} if made is None else {"bench": made.to_dict()}))
     else:
         console.print(render.comparison_table(done.rows))
         if made is not None:
@@ -175,6 +179,7 @@ def compare_command(
     from ..render import compare_files  # drawing is needed only here
 
     corrections, activations = readings(reading), by_layer("activation", activation)
+    check_weights(model, weights, untrained)
     folder = compare_files.check_folder(output, checkpoint.files_of((model, weights, data, heldout)))
     network = given_model(model, weights, untrained).model
     batches = batches_from(data, network, batch_size)
@@ -199,11 +204,11 @@ def compare_command(
     )
     files = compare_files.write(comparison, folder)
     if as_json:
-        print_json(comparison.to_dict() | {"files": [str(file) for file in files]})
+        answer(comparison.to_dict() | {"files": [str(file) for file in files]})
         return
-    Console().print(compare_files.compare_table(comparison))
+    Terminal().print(compare_files.compare_table(comparison))
     for file in files:
-        Console().print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
+        Terminal().print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
 
 
 def reproduce_command(
@@ -227,9 +232,9 @@ def reproduce_command(
         settings = reproduce.Settings(folder, quick, seed, dataset.value, data, samples, advance)
         outcome = reproduce.run(name, settings)
     if as_json:
-        print_json(outcome.numbers)
+        answer(outcome.numbers)
         return
-    console = Console()
+    console = Terminal()
     console.print(outcome.table)
     for line in outcome.words:
         console.print(line, highlight=False, markup=False)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from .. import staging
 from ..status import InvalidInput
+
+try:
+    import fcntl
+except ImportError:  # Windows, where an open file is not replaced
+    fcntl = None  # type: ignore[assignment]
 
 Record = dict[str, Any]
 
@@ -38,10 +44,26 @@ class Journal:
     def __enter__(self) -> Journal:
         # whole before it takes the other's place, so that an interruption here loses nothing
         lines = [staging.mark("journal") | self.header, *({"key": key, "record": record} for key, record in self.records.items())]
-        with staging.writing(self.path.parent, [self.path.name], "journal", own=True) as hidden:
-            (hidden / self.path.name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        self._file = self.path.open("ab", buffering=0)
+        with ExitStack() as earlier:
+            if self.path.exists():  # whoever writes to it would go on writing to what is no longer there
+                earlier.enter_context(self._alone())
+            with staging.writing(self.path.parent, [self.path.name], "journal", own=True) as hidden:
+                (hidden / self.path.name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            self._file = self._alone()
         return self
+
+    def _alone(self) -> FileIO:
+        """The file, open, while no other process has it so. Raises InvalidInput where one has."""
+        file = self.path.open("ab", buffering=0)
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise InvalidInput(f"{self.path}: another process is writing to it; wait for its end, or choose another folder") from error
+        except OSError:  # a file system without locks
+            pass
+        return file
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
