@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,6 +45,14 @@ METHODS: dict[str, Method] = {
     "Random": Random(sparsity=0.6),
     "Wanda": Wanda(sparsity=0.6),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def first_backward() -> None:
+    """The backward pass in which PyTorch makes its context, and warns of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.Linear(3, 3).to(CUDA)(torch.ones(2, 3, device=CUDA)).sum().backward()
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
