@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import calibration as data
+from .arithmetic import full_float32
 from .calibration import Calibration
 from .diagnosis import check_first, must_run
 from .graph import Graph, calls_layer, read
@@ -75,7 +76,7 @@ class Replica:
         return self._forward(self.model, batch)
 
     def _forward(self, module: nn.Module, batch: Any) -> Any:
-        with torch.no_grad():
+        with torch.no_grad(), full_float32():
             return data.forward(module, batch, self.device, self.dtype)
 
     def stream(self, batch: Any, names: Sequence[str], receive: Callable[[str, Call], None], expected: int | None = None) -> Any:
@@ -190,8 +191,10 @@ def _hooks(model: nn.Module, names: Sequence[str], receive: Callable[[str, Tenso
 
 @contextmanager
 def random_state_kept(place: torch.device) -> Iterator[None]:
-    """Leaves torch's random state as it was: a DataLoader draws from it in every pass, shuffled or not."""
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+    """Leaves torch's random state as it was: a DataLoader draws from it in every pass, shuffled or not, and ``torch.manual_seed`` sets that
+    of every GPU."""
+    used = place.type == "cuda" or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if used else []):
         yield
 
 

@@ -19,6 +19,7 @@ from .diagnosis import must_run
 from .finetune import keep_zeros, learnable
 from .outputs import outputs_of, real, square, squares
 from .progress import Advance, shown
+from .quiet import gradients
 from .stacked import Group, differentiable, outputs, split, stacked
 from .status import InvalidInput
 from .trained import zeroed_layers
@@ -222,7 +223,8 @@ class _Run:
                 if not bool(torch.isfinite(value)):
                     raise InvalidInput(f"distill: the loss is no longer finite in step {step}; lower learning_rate ({learning_rate:g})")
                 optimizer.zero_grad()
-                value.backward()  # type: ignore[no-untyped-call]
+                with gradients():
+                    value.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 if step % look == 0 or step == steps:
                     loss = self._look(step)

@@ -12,6 +12,7 @@ from . import calibration as data
 from .calibration import Calibration
 from .capture import Replica
 from .outputs import outputs_of, real
+from .quiet import gradients
 from .status import first_line
 
 SAMPLES = 2048  # looked at, in whole batches: the mean over them is what counts, and it is known well by then
@@ -91,7 +92,8 @@ def _gradients(network: Replica, names: Sequence[str], batch: Any, signs: _Signs
             found: list[tuple[str, Tensor]] = []
             for probe in range(PROBES):
                 drawn = [signs.like(Y, probe, output) for output, Y in enumerate(reached)]
-                given = torch.autograd.grad(reached, [y for _, y in calls], drawn, retain_graph=probe < PROBES - 1, allow_unused=True)
+                with gradients():
+                    given = torch.autograd.grad(reached, [y for _, y in calls], drawn, retain_graph=probe < PROBES - 1, allow_unused=True)
                 found += [(name, g) for (name, _), g in zip(calls, given, strict=True) if g is not None]
             return found
     finally:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .allocation import check_allocation
+from .arithmetic import full_float32
 from .attention import closed, opened
 from .calibration import Batches, Calibration
 from .capture import (
@@ -165,7 +166,7 @@ def prune(
     unseen = None if heldout is None else Calibration(heldout, "heldout")
     place = device_of(model, device)
     runs: list[Run] = []
-    with interruptible(lambda: _far(runs)), shown(progress) as advance, random_state_kept(place):
+    with interruptible(lambda: _far(runs)), shown(progress) as advance, random_state_kept(place), full_float32():
         advance(0, 1, "reading the calibration data")
         first = next(iter(batches))
         encoders, opening = how_opened(given, place, first)

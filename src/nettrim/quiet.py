@@ -28,3 +28,11 @@ def unheard() -> Iterator[None]:
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
+
+
+@contextmanager
+def gradients() -> Iterator[None]:
+    """For backward passes: on a GPU the thread in which PyTorch runs the first one warns that it had no CUDA context yet, and makes it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
+        yield

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .calibration import Calibration, forward, labels, samples
+from .quiet import gradients
 from .status import InvalidInput
 
 IGNORED = -100
@@ -91,7 +92,8 @@ def retrain(
                     assert targets is not None
                     loss = functional.cross_entropy(forward(model, batch, device, None), targets.to(device).long())
                     optimizer.zero_grad()
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    with gradients():
+                        loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
                     schedule.step()
                 if not math.isfinite(loss.item()):

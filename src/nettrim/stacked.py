@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arithmetic import full_float32
 from .assignment import layouts_of
 from .calibration import Calibration, forward, inputs_of
 from .capture import Replica
@@ -108,7 +109,8 @@ def outputs(model: Replica, group: Group) -> Outputs:
 
 def differentiable(model: Replica, group: Group) -> Outputs:
     """The same with gradients."""
-    return outputs_of(forward(model.model, group.batch(), model.device, model.dtype))
+    with full_float32():
+        return outputs_of(forward(model.model, group.batch(), model.device, model.dtype))
 
 
 def split(groups: Sequence[Group], share: float, generator: torch.Generator) -> tuple[list[Group], list[Group]]:

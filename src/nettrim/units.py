@@ -126,7 +126,10 @@ class Unit:
                     cast(Tensor, own).copy_(torch.zeros_like(cast(Tensor, own)) if value is None else cast(Tensor, value))
 
     def write(self, W: Tensor, b: Tensor | None) -> None:
-        """Writes folded weights (N, M) and offset (M,) back: into the layer, and into its batch-norm where that holds the offset."""
+        """Writes folded weights (N, M) and offset (M,) back: into the layer, and into its batch-norm where that holds the offset. They may
+        be on another device than the layer."""
+        place = self.view.weight.device
+        W, b = W.to(place), None if b is None else b.to(place)
         if self.fold is None:
             self.view.write(W, b)
             return

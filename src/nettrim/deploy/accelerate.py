@@ -116,7 +116,7 @@ def accelerate(
         buffers = {name: buffer.clone() for name, buffer in twin.model.named_buffers()}
         reference = outputs(twin, _own(example), "accelerate").cloned()
         _refuse_memory(twin.model, buffers)
-        example = _own(example)  # for a model that works in place on its input
+        example = _own(example, place)  # for a model that works in place on its input; a pass that is timed moves no data
 
         def differs(module: nn.Module) -> float:
             return largest_difference(reference, outputs(Replica(module, place, None), _own(given), "accelerate"))
@@ -154,12 +154,12 @@ def accelerate(
     )
 
 
-def _own(example: Any) -> Any:
-    """A copy of the inputs of a batch."""
+def _own(example: Any, place: torch.device | None = None) -> Any:
+    """A copy of the inputs of a batch, on ``place`` where it is given."""
     inputs = inputs_of(example)
     if isinstance(inputs, Mapping):
-        return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    return inputs.detach().clone()
+        return {name: value.detach().clone().to(place) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return inputs.detach().clone().to(place)
 
 
 def _refuse_memory(model: nn.Module, before: Mapping[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,18 +23,16 @@ def search(twin: Replica, example: Any, budget: float) -> Found:
     seen = inputs_seen(twin, example, layers_of(twin.model))
     for name, layer in layers_of(twin.model).items():
         reason = unable(layer, twin.device)
+        if not reason and name not in seen:
+            reason = "the model did not call it"
         if not reason:
             assert isinstance(layer, nn.Linear)
             try:
-                compressed = torch.sparse.to_sparse_semi_structured(layer.weight.detach())
-                replaced.get_submodule(name).weight = nn.Parameter(compressed, requires_grad=False)
+                _compress(replaced.get_submodule(name), layer.weight.detach(), seen[name])
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 reason = f"a device without the kernel, or a size it does not take: {first_line(error)}"
         if reason:
             found.unable[name] = reason
-            continue
-        if name not in seen:
-            found.unable[name] = "the model did not call it"
             continue
         compared = {"dense": layer, "semi-structured": replaced.get_submodule(name)}
         taken = side_by_side({kind: _finished(module, seen[name]) for kind, module in compared.items()}, budget, SEARCHED)
@@ -45,6 +44,14 @@ def search(twin: Replica, example: Any, budget: float) -> Found:
             made.get_submodule(name).weight = replaced.get_submodule(name).weight
         found.candidates["2:4 where faster alone"] = Candidate(made, dict.fromkeys(wins, "semi-structured"))
     return found
+
+
+def _compress(layer: nn.Module, weight: Tensor, x: Tensor) -> None:
+    """Gives a Linear its weight (M, N) in semi-structured form, and one pass: what the kernel does not take shows there."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # that these tensors are a prototype
+        layer.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight), requires_grad=False)
+        _finished(layer, x)()
 
 
 def _finished(module: nn.Module, x: Tensor) -> Callable[[], None]:
