@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from nettrim import Certificate, InvalidInput, Magnitude, NetTrim, PruneResult, Status, preimage, prune
 from nettrim.calibration import Calibration
 from nettrim.capture import Replica, reference_replica, replicate, scan
+from nettrim.certificate import clopper_pearson_upper
 from nettrim.graph import read
 from nettrim.heldout import certify_heldout
-from nettrim.tally import LayerTally, clopper_pearson_upper, entry_norm, spectral_norm
+from nettrim.tally import LayerTally, entry_norm, spectral_norm
 from nettrim.verification import Claim, Setup, certify
 
 CPU = torch.device("cpu")

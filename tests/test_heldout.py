@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from nettrim.assignment import Layout, layouts_of
 from nettrim.calibration import Calibration
 from nettrim.capture import Replica
-from nettrim.certificate import HeldOutCertificate
+from nettrim.certificate import HeldOutCertificate, clopper_pearson_upper
 from nettrim.heldout import certify_heldout, check_heldout, contradictions
 from nettrim.render.words import _heldout_words as words_of
 from nettrim.status import InvalidInput
-from nettrim.tally import clopper_pearson_upper
 
 CPU = torch.device("cpu")
 Shape = Callable[[Tensor], Any]

@@ -1,4 +1,4 @@
-"""What is guaranteed, as plain data, and its one verdict."""
+"""What is guaranteed, as plain data, its one verdict, and the exact binomial bound that held-out statements state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
+from scipy.special import betaincinv
+
 from .records import build, items, texts
+from .status import InvalidInput
 
 ROUNDING = 1e-9  # relative allowance for the order of summation in float64
 
@@ -350,3 +353,20 @@ def _exceeded(discrepancy: float, bound: float | None, sound: bool) -> list[str]
 def _texts(data: Any, *keys: str) -> dict[str, tuple[str, ...]]:
     """The lists of texts at those of ``keys`` that are there."""
     return {key: texts(data, key) for key in keys if isinstance(data, Mapping) and key in data}
+
+
+def clopper_pearson_upper(events: int, samples: int, confidence: float) -> float:
+    """Exact binomial upper bound, at ``confidence``, on the probability of an event seen ``events`` times in ``samples``.
+
+    Clopper and Pearson (1934): docs/theory.md, (5.1).
+
+    Raises:
+        InvalidInput: ``confidence`` outside (0, 1), or ``events`` outside [0, samples], or no samples.
+    """
+    if not 0 < confidence < 1:
+        raise InvalidInput(f"confidence must lie in (0, 1), found {confidence}")
+    if samples < 1 or not 0 <= events <= samples:
+        raise InvalidInput(f"events must lie in [0, samples] with at least one sample, found {events} of {samples}")
+    if events == samples:
+        return 1.0
+    return float(betaincinv(events + 1, samples - events, confidence))

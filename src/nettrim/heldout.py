@@ -15,13 +15,12 @@ from . import calibration as data
 from .assignment import Layout, best, divisible, form_of, joined, layouts_of
 from .calibration import Calibration
 from .capture import Replica
-from .certificate import HeldOutCertificate
+from .certificate import HeldOutCertificate, clopper_pearson_upper
 from .diagnosis import must_run
 from .outputs import Outputs, outputs_of, pairs
 from .predictions import Classes, classes_of, labelled, right, stayed
 from .progress import Advance, counted, silent
 from .status import InvalidInput, first_line
-from .tally import clopper_pearson_upper
 
 CONFIDENCE = 0.95
 LEVEL = 0.1  # relative discrepancy whose probability of being exceeded is bounded

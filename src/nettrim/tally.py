@@ -7,14 +7,12 @@ import sys
 from collections.abc import Callable
 
 import torch
-from scipy.special import betaincinv
 from torch import Tensor
 
 from .certificate import LayerCertificate, within
 from .duality import DualPoint, relative_gap
 from .patterns import parse
 from .preimage import Activation, nearest_point
-from .status import InvalidInput
 
 
 class LayerTally:
@@ -173,20 +171,3 @@ def spectral_norm(W: Tensor) -> float:
 def entry_norm(W: Tensor) -> float:
     """``||W||_1``, the sum of absolute entries: the norm of the published link-normalised bounds; at least ``||W||_2``."""
     return float(W.detach().double().abs().sum())
-
-
-def clopper_pearson_upper(events: int, samples: int, confidence: float) -> float:
-    """Exact binomial upper bound, at ``confidence``, on the probability of an event seen ``events`` times in ``samples``.
-
-    Clopper and Pearson (1934): docs/theory.md, (5.1).
-
-    Raises:
-        InvalidInput: ``confidence`` outside (0, 1), or ``events`` outside [0, samples], or no samples.
-    """
-    if not 0 < confidence < 1:
-        raise InvalidInput(f"confidence must lie in (0, 1), found {confidence}")
-    if samples < 1 or not 0 <= events <= samples:
-        raise InvalidInput(f"events must lie in [0, samples] with at least one sample, found {events} of {samples}")
-    if events == samples:
-        return 1.0
-    return float(betaincinv(events + 1, samples - events, confidence))

@@ -22,12 +22,16 @@ from .calibration import Calibration
 from .capture import Replica, Scan, Selection, paired, selection_for
 from .certificate import Certificate, LayerCertificate, NetworkCertificate, within
 from .graph import Chain, Graph
+from .heldout import certify_heldout, check_heldout
 from .outputs import changed_integers, changed_plain, outputs_of, squares
 from .predictions import classes_of, rows_of, stayed
 from .preimage import Activation
 from .progress import Advance, counted, silent
 from .tally import LayerTally, entry_norm, spectral_norm
 from .units import Call, Unit
+
+# all that certifies, on calibration data and on others
+__all__ = ["Claim", "Setup", "certify", "certify_heldout", "check_heldout", "versions"]
 
 
 @dataclass(frozen=True)
