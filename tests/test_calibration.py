@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
-from nettrim import InvalidInput, Magnitude, NetTrim, prune
+from nettrim import InvalidInput, Magnitude, NetTrim, prune, verify
 from nettrim.calibration import BATCH, Calibration, check_batch, labels, sample_digests, samples, update_hash
 
 
@@ -150,15 +151,61 @@ def test_nan_inside_the_network_is_refused() -> None:
 # --- the same data in every pass ----------------------------------------------------------------------------------------------------
 
 
-def test_shuffled_loader_is_refused() -> None:
-    loader = DataLoader(TensorDataset(data()), batch_size=10, shuffle=True)
-    with pytest.raises(InvalidInput, match=r"differs from the one of the first pass.*shuffle=False"):
-        prune(net(), loader, NetTrim(epsilon=0.1), progress=False)
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_shuffled_loader_is_read_in_the_order_of_its_data_set(drop_last: bool, tmp_path: Path) -> None:
+    samples = TensorDataset(data(), torch.arange(len(data())) % 2)
+    shuffled, plain = (DataLoader(samples, batch_size=7, shuffle=shuffle, drop_last=drop_last) for shuffle in (True, False))
+    model = net()
+    result = prune(model, shuffled, NetTrim(epsilon=0.1), progress=False)
+    assert result.certificate == prune(model, plain, NetTrim(epsilon=0.1), progress=False).certificate
+    result.save(tmp_path / "r")
+    for loader in (shuffled, plain):
+        verify(tmp_path / "r", model, loader, progress=False)
 
 
-def test_shuffling_inside_one_batch_is_seen_too() -> None:
+def test_a_shuffled_loader_keeps_everything_else_that_it_is() -> None:
+    def joined(items: list[Any]) -> Tensor:
+        return torch.stack([item[0] for item in items]) + 1
+
+    samples = TensorDataset(data())
+    loader = DataLoader(samples, batch_size=10, shuffle=True, collate_fn=joined)
+    torch.testing.assert_close(torch.cat(list(Calibration(loader))), data() + 1, rtol=0, atol=0)
+    whole = DataLoader(samples, batch_size=None, shuffle=True)
+    assert [tuple(batch[0].shape) for batch in whole] == [tuple(batch[0].shape) for batch in Calibration(whole)]
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        lambda samples: RandomSampler(samples, replacement=True),
+        lambda samples: RandomSampler(samples, num_samples=20),
+        lambda samples: SubsetRandomSampler(range(30)),
+        lambda samples: WeightedRandomSampler([1.0] * len(samples), 30),
+    ],
+    ids=["with replacement", "a part", "a subset", "weighted"],
+)
+def test_other_random_samplers_are_refused(sampler: Any) -> None:
+    samples = TensorDataset(data())
+    with pytest.raises(InvalidInput, match=r"differs from the one of the first pass.*random sampling.*list\(loader\)"):
+        prune(net(), DataLoader(samples, 10, sampler=sampler(samples)), NetTrim(epsilon=0.1), progress=False)
+
+
+class Noisy(TensorDataset):
+    """Random augmentation."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return tuple(tensor + torch.randn(tensor.shape) for tensor in super().__getitem__(index))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_random_augmentation_is_refused(shuffle: bool) -> None:
+    with pytest.raises(InvalidInput, match=r"differs from the one of the first pass.*random augmentation"):
+        prune(net(), DataLoader(Noisy(data()), 10, shuffle=shuffle), NetTrim(epsilon=0.1), progress=False)
+
+
+def test_another_order_inside_one_batch_is_seen_too() -> None:
     tokens = torch.arange(64).reshape(64, 1)  # a sum would not tell
-    batches = Calibration(DataLoader(TensorDataset(tokens), batch_size=64, shuffle=True))
+    batches = Calibration(Changing([tokens], [tokens.flip(0)]))
     list(batches)
     with pytest.raises(InvalidInput, match="batch 1 differs"):
         list(batches)
@@ -185,18 +232,6 @@ def test_other_numbers_of_batches_are_refused() -> None:
         list(batches)
         with pytest.raises(InvalidInput, match=message):
             list(batches)
-
-
-def test_random_augmentation_is_refused() -> None:
-    class Noisy(Dataset[Tensor]):
-        def __len__(self) -> int:
-            return 20
-
-        def __getitem__(self, index: int) -> Tensor:
-            return torch.randn(6)
-
-    with pytest.raises(InvalidInput, match="no random augmentation"):
-        prune(net(), DataLoader(Noisy(), batch_size=10), NetTrim(epsilon=0.1), progress=False)
 
 
 def test_a_pass_that_is_left_early_fixes_nothing() -> None:

@@ -179,7 +179,7 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
 
 def test_unknown_device_is_refused() -> None:
     for device in ("nowhere", "cuda:99"):
-        with pytest.raises(InvalidInput, match="cannot be used here"):
+        with pytest.raises(InvalidInput, match="cannot be used here; on this machine there is 'cpu'"):
             prune(net(), data(), NetTrim(epsilon=0.1), device=device, progress=False)
 
 

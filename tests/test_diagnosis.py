@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import nettrim
 import nettrim.sources
@@ -232,7 +232,7 @@ def test_a_dataset_of_samples_is_batched_in_its_order(x: Any) -> None:
     ("data", "words"),
     [
         (Stream(), "found Stream; give DataLoader(dataset, batch_size=256)"),
-        (DataLoader(TensorDataset(images(64, 20)), 16, shuffle=True), "use shuffle=False"),
+        (DataLoader(TensorDataset(images(64, 20)), 16, sampler=SubsetRandomSampler(range(64))), "take out random sampling"),
         (DataLoader(TensorDataset(images(3, 20)), 4, drop_last=True), "drop_last=True"),
         ([((images(4, 4), images(4, 6)), LABELS[:4])], "give several inputs by name"),
         ([[[1.0, 2.0], LABELS]], "use torch.tensor"),
@@ -243,6 +243,30 @@ def test_a_dataset_of_samples_is_batched_in_its_order(x: Any) -> None:
 )
 def test_other_things_than_batches(data: Any, words: str) -> None:
     assert words in refused(dense(), data)
+
+
+@pytest.mark.parametrize(
+    ("example", "words"),
+    [
+        (DataLoader(TensorDataset(images(8, 20), LABELS), 4), "found a DataLoader; give the first of it, next(iter(data))"),
+        ([(images(4, 20), LABELS[:4])], "found a list of them; give the first of it, data[0]"),
+        ((batch for batch in [images(4, 20)]), "found a generator; give the first of it, next(iter(data))"),
+        ([["a", "b"]], "must be a tensor"),
+        (images(4, 20).numpy(), "use torch.from_numpy"),
+    ],
+    ids=range(5),
+)
+def test_an_example_is_one_batch(example: Any, words: str, tmp_path: Path) -> None:
+    calls = [
+        lambda: nettrim.compact(dense(), example),
+        lambda: nettrim.accelerate(dense(), example),
+        lambda: nettrim.bench(dense(), example),
+        lambda: nettrim.export(dense(), example, tmp_path / "m.c"),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidInput) as caught:
+            call()
+        assert words in str(caught.value)
 
 
 def test_every_entry_says_the_same(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -156,6 +156,28 @@ def test_keyword_inputs_and_several_outputs(format: str, tmp_path: Path) -> None
     example = {"left": images(3, 4), "right": images(3, 3, seed=5), "factor": 2.0}
     made = nettrim.export(Named(), example, tmp_path / f"net.{format}")
     assert made.dynamic and made.difference is not None and made.difference <= LIMITS[format]
+
+
+class Rest(nn.Module):
+    """``forward(**kwargs)``, alone or behind an input of its own."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        if own:
+            self.forward = self.forward_with_own  # type: ignore[method-assign]
+
+    def forward(self, **kwargs: Tensor) -> Tensor:
+        return cast(Tensor, self.layer(kwargs["left"]) + self.layer(kwargs["right"]))
+
+    def forward_with_own(self, left: Tensor, **kwargs: Tensor) -> Tensor:
+        return cast(Tensor, self.layer(left) + self.layer(kwargs["right"]))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_what_forward_takes_by_any_name_has_any_batch_size(own: bool, tmp_path: Path) -> None:
+    made = nettrim.export(Rest(own), {"left": images(4, 6), "right": images(4, 6, seed=2)}, tmp_path / "m.pt2")
+    assert made.any_batch and not made.notes and made.batch_sizes == (4, 5, 1)
 
 
 class Table(nn.Module):

@@ -60,6 +60,23 @@ def test_the_choice_is_explained_with_both_lines() -> None:
         assert eval(line.replace(")", ", progress=False)"), {"nettrim": nettrim, "model": network(), "data": data()}).model
 
 
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ({"sparsity": 80}, "for 80 % write sparsity=0.8"),
+        ({"sparsity": {"0": 12.5}}, "for 12.5 % write sparsity=0.125"),
+        ({"epsilon": 5}, "for 5 % write epsilon=0.05"),
+        ({"epsilon": {"re:.*": 2}}, "for 2 % write epsilon=0.02"),
+        ({"epsilon": 1.0}, "must lie in [0, 1), found 1.0, which allows it to vanish"),
+        ({"sparsity": 1}, "must lie in [0, 1), found 1"),
+    ],
+    ids=str,
+)
+def test_numbers_of_per_cent(target: Any, words: str) -> None:
+    text = refused(network(), data(), **target)
+    assert words in text and ("write" in text) == ("write" in words)
+
+
 def test_two_targets_are_refused_and_the_one_to_leave_out_is_named() -> None:
     assert "leave out sparsity=0.5" in refused(network(), data(), sparsity=0.5, epsilon=0.1)
     assert "leave out epsilon=0.1" in refused(network(), data(), nettrim.Wanda(sparsity=0.5), epsilon=0.1)

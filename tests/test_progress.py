@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import time
 from collections.abc import Callable
 
 import pytest
@@ -43,7 +44,9 @@ def test_time_left() -> None:
     clock.now += 15
     assert estimate.left == 35  # it counts down between pieces
     estimate.update(5, 10)  # the same again is no news
-    clock.now += 36
+    clock.now += 34.7
+    assert estimate.left is None  # no time at all is never left while it runs
+    clock.now += 1.3
     assert estimate.left is None  # and is silent where it was wrong
     estimate.update(6.5, 10)
     assert estimate.left == pytest.approx(71 * 3.5 / 3.5)
@@ -96,6 +99,21 @@ def test_plain_lines_come_now_and_then() -> None:
     times = [int(line.split(" ")[0]) for line in lines[:-1] if "," not in line.split(" ")[0]]
     gaps = [b - a for a, b in itertools.pairwise(times)]
     assert all(gap >= max(10, a // 10) for a, gap in zip(times, gaps, strict=False)) and len(lines) < 60
+
+
+def test_a_long_piece_that_tells_nothing_shows_that_it_lives() -> None:
+    clock = Clock()
+    screen, file = display(clock, terminal=False, still=False)
+    with screen:
+        screen.advance(0, 3, "compiling")
+        assert not file.getvalue()
+        clock.now += 30
+        pulse = screen.pulse
+        assert pulse is not None
+        while pulse.thread.is_alive() and not file.getvalue():  # the clock stands: one line is due, and no more
+            time.sleep(0.05)
+    assert file.getvalue().splitlines() == ["0 of 3: compiling (30 s)", "done in 30 s"]
+    assert not pulse.thread.is_alive()
 
 
 def test_an_error_is_not_called_done() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import nettrim
-from nettrim import CertificateError, InvalidInput, Magnitude, NetTrim, verify
+from nettrim import CertificateError, InvalidInput, Magnitude, NetTrim, prune, verify
 from nettrim.capture import hashes
 
 
@@ -133,7 +134,7 @@ def test_another_reference_model(saved: dict[str, Path]) -> None:
     model = net()
     with torch.no_grad():
         model[0].bias[1] += 0.1  # type: ignore[operator, index]
-    refused(saved["cascade"], "reference model's weights are not those", "0: ", model=model)
+    refused(saved["cascade"], "reference model's weights are not those", "give the model that was pruned", "do not recompute", model=model)
 
 
 @pytest.mark.parametrize("change", ["values", "order", "batches", "fewer"])
@@ -145,7 +146,29 @@ def test_other_calibration_data(saved: dict[str, Path], change: str) -> None:
         "batches": list(x.split(20)),
         "fewer": x[:-1],
     }[change]
-    refused(saved["cascade"], "calibration data are not those that the certificate was made for", calibration=other)
+    refused(saved["cascade"], "calibration data are not those that the certificate was made for", "what prune was given", calibration=other)
+
+
+def test_what_follows_from_other_inputs_is_counted_and_damage_is_still_named(saved: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    shutil.copytree(saved["cascade"], folder)
+    with pytest.raises(CertificateError) as caught:
+        verify(folder, net(), data() + 0.5, progress=False)
+    assert len(str(caught.value).splitlines()) == 3 and "of the statements do not recompute from these inputs" in str(caught.value)
+    text = json.loads((folder / "certificate.json").read_text())
+    text["holds"] = not text["holds"]
+    (folder / "certificate.json").write_text(json.dumps(text))
+    with pytest.raises(CertificateError, match="holds does not follow from the other entries"):
+        verify(folder, net(), data() + 0.5, progress=False)
+
+
+def test_what_is_no_folder(saved: dict[str, Path]) -> None:
+    result = prune(net(), data(), NetTrim(epsilon=0.1), progress=False)
+    for call in (lambda: verify(result, net(), data()), lambda: nettrim.load(result, net())):  # type: ignore[arg-type]
+        with pytest.raises(InvalidInput, match="folder must be a path, found PruneResult; save it first"):
+            call()
+    with pytest.raises(InvalidInput, match="output folder must be a path, found int"):
+        result.save(3)  # type: ignore[arg-type]
 
 
 def test_other_heldout_data(saved: dict[str, Path]) -> None:

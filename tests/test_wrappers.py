@@ -186,8 +186,9 @@ def traced() -> Any:
         (lambda: nn.Identity, "found the class Identity; make one"),
         (lambda: torch.export.export(network(), (X,)), "the module that it was exported from"),
         (lambda: 3, "must be an nn.Module, found int"),
+        (lambda: nettrim.prune(network(), [X], sparsity=0.5, progress=False), "found PruneResult; give the network in it, its .model"),
     ],
-    ids=["traced", "distributed", "state", "file", "class", "program", "number"],
+    ids=["traced", "distributed", "state", "file", "class", "program", "number", "result"],
 )
 def test_what_is_no_module_is_refused_with_what_to_give(make: Any, words: str, tmp_path: Path) -> None:
     given = make()

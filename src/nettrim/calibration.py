@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 
 from .status import InvalidInput
 
@@ -25,9 +25,9 @@ class Calibration:
     """Re-iterable batches of inputs (and labels, where given); the same ones in every pass, or an error.
 
     A batch is a tensor, a tuple or list whose first item is the input (the second, if any, is the label), or a mapping of keyword inputs.
-    One tensor instead of batches is cut into batches along its first dimension, and a Dataset of samples is batched in its order. The
-    first pass checks every batch; later passes compare each with a checksum of its bytes (4 bytes a tensor are kept), which is far cheaper
-    than running a model on it.
+    One tensor instead of batches is cut into batches along its first dimension, a Dataset of samples is batched in its order, and so is
+    that of a DataLoader with ``shuffle=True``: which samples lie together matters to training alone. The first pass checks every batch;
+    later passes compare each with a checksum of its bytes (4 bytes a tensor are kept), which is far cheaper than running a model on it.
     """
 
     def __init__(self, batches: Batches, what: str = "calibration") -> None:
@@ -38,6 +38,8 @@ class Calibration:
             batches = list(torch.split(batches, BATCH))
         elif isinstance(batches, Dataset) and not isinstance(batches, IterableDataset) and hasattr(batches, "__len__"):
             batches = DataLoader(batches, BATCH)  # samples, in their order
+        elif isinstance(batches, DataLoader):
+            batches = _in_order(batches)
         elif isinstance(batches, (str, bytes, Mapping, Dataset, np.ndarray)) or not isinstance(batches, Iterable):
             raise InvalidInput(
                 f"{what} must be batches that can be read more than once (a list or a DataLoader), a Dataset of samples or one tensor, "
@@ -74,7 +76,7 @@ class Calibration:
             elif count > len(self.fingerprints) or self.fingerprints[count - 1] != _fingerprint(batch):
                 raise InvalidInput(
                     f"{self.what}: batch {count} differs from the one of the first pass; every pass must see the same data: "
-                    "use shuffle=False and no random augmentation, or keep one pass: give list(loader)"
+                    "take out random sampling and random augmentation, or keep one pass: give list(loader), and keep it for verify"
                 )
             yield batch
         if not count:
@@ -102,6 +104,19 @@ class Calibration:
                 f"{self.what}: batch {number} gives {found}, the first one {first}; every batch must call the model in the same way: "
                 "give the same keys in all, or use those batches alone that do"
             )
+
+
+def _in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The samples of a loader with ``shuffle=True``, in the order of its data set; any other loader as it is.
+
+    Samplers and loaders of one's own, and such as draw a part of the samples or draw with replacement, mean what they do: they stay.
+    """
+    sampler = loader.sampler
+    plain = type(loader) is DataLoader and type(loader.batch_sampler) in (BatchSampler, type(None))
+    if not plain or type(sampler) is not RandomSampler or sampler.replacement or sampler.num_samples != len(loader.dataset):  # type: ignore[arg-type]
+        return loader
+    same = ("batch_size", "drop_last", "num_workers", "collate_fn", "timeout", "worker_init_fn", "multiprocessing_context")
+    return DataLoader(loader.dataset, **{name: getattr(loader, name) for name in same}, prefetch_factor=loader.prefetch_factor)
 
 
 def forward(model: nn.Module, batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:

@@ -209,8 +209,15 @@ def device_of(model: nn.Module, device: torch.device | str | None) -> torch.devi
         place = torch.device(device) if device is not None else torch.device("cpu") if first is None else first.device
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise InvalidInput(f"device {device!r} cannot be used here: {first_line(error)}") from error
+        there = ", ".join(repr(name) for name in ("cpu", *accelerators()))
+        raise InvalidInput(f"device {device!r} cannot be used here; on this machine there is {there} ({first_line(error)})") from error
     return torch.device("cpu") if place.type == "mps" else place
+
+
+def accelerators() -> list[str]:
+    """The devices beside the CPU that torch finds here."""
+    found = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return found + (["mps"] if torch.backends.mps.is_available() else [])
 
 
 def replicate(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> Replica:

@@ -235,7 +235,7 @@ def load(folder: str | Path, into: nn.Module) -> nn.Module:
     Raises:
         InvalidInput: the file is missing or damaged, or names, shapes or dtypes do not fit; nothing is written in that case.
     """
-    path = Path(folder)
+    path = staging.place_of(folder, "load: folder")
     file = staging.find(path, MODEL) if path.is_dir() else path
     own = unwrapped(into, "load: into").state_dict()
     state, _ = without_prefix(read_weights(file), own)

@@ -6,6 +6,7 @@ Work tells how far it is by calling ``advance(done, total, what)``; ``done`` may
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -111,32 +112,39 @@ class Estimate:
 
     @property
     def left(self) -> float | None:
-        """Seconds that are left if the rest goes as what was done; None where nothing is done yet, or it takes longer than that."""
+        """Seconds that are left if the rest goes as what was done; None where nothing is done yet, or no whole second of that is left."""
         made = self.done - (self.first or 0.0)
         if made <= 0:
             return None
         found = (self.told - self.begun) * (self.total - self.done) / made - (self.clock() - self.told)
-        return found if found >= 0 else None
+        return found if round(found) > 0 else None
 
 
 class Display:
-    """A bar on a terminal, plain lines elsewhere. ``still``: it draws only when it is told something, so that nothing runs beside."""
+    """A bar on a terminal, plain lines elsewhere, also while a long piece tells nothing. ``still``: it draws only when it is told
+    something, so that nothing runs beside."""
 
     def __init__(self, console: Console, *, still: bool = False, clock: Clock = time.monotonic) -> None:
         self.console, self.still, self.clock = console, still, clock
         self.estimate = Estimate(clock)
         self.lines = 0
         self.last = float("-inf")
+        self.what = ""
         self.bar: _Bar | None = None
+        self.pulse: _Pulse | None = None
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
             self.bar = _Bar(self.console, self.estimate, self.still)
             if not self.still:
                 self.bar.start()
+        elif not self.still:
+            self.pulse = _Pulse(self.line)
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self.pulse is not None:
+            self.pulse.stop()
         if self.bar is not None:
             self.bar.stop()
         elif self.lines and kind is None:
@@ -146,19 +154,44 @@ class Display:
         """``done`` of ``total`` pieces are finished; ``what`` is the present one."""
         estimate = self.estimate
         estimate.update(done, total)
+        self.what = what
         if self.bar is not None:
             self.bar.update(self.bar.only, completed=done, total=total, description=what)
             if self.still and estimate.elapsed >= SHORT:
                 self.bar.start()
                 self.bar.refresh()
-        elif estimate.elapsed >= SHORT and self.clock() - self.last >= max(PAUSE, estimate.elapsed / 10) and done < total:
+        else:
+            self.line()
+
+    def line(self) -> None:
+        """A plain line of how far it is, where one is due."""
+        estimate, done, total = self.estimate, self.estimate.done, self.estimate.total
+        if estimate.elapsed >= SHORT and self.clock() - self.last >= max(PAUSE, estimate.elapsed / 10) and done < total:
             self.last = self.clock()
             left = "" if estimate.left is None else f", about {duration(estimate.left)} left"
-            self._print(f"{_pieces(done, total)}: {what} ({duration(estimate.elapsed)}{left})")
+            self._print(f"{_pieces(done, total)}: {self.what} ({duration(estimate.elapsed)}{left})")
 
     def _print(self, text: str) -> None:
         self.lines += 1
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class _Pulse:
+    """Calls ``beat`` every second, in a thread beside the work."""
+
+    def __init__(self, beat: Callable[[], None]) -> None:
+        self.beat, self.ended = beat, threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        while not self.ended.wait(1.0):
+            self.beat()
+
+    def stop(self) -> None:
+        """It has ended when this returns."""
+        self.ended.set()
+        self.thread.join()
 
 
 class _Bar(Progress):

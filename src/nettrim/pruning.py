@@ -115,7 +115,8 @@ def prune(
         model: any module in which torch.fx or hooks can find layers to prune. The projections inside ``nn.MultiheadAttention`` are layers
             ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj`` of that module, whatever parameters it keeps them in.
         calibration: unlabelled batches that can be read more than once: tensors, tuples whose first item is the input, or mappings of
-            keyword inputs; or one tensor with samples along its first dimension.
+            keyword inputs; or one tensor with samples along its first dimension. A DataLoader with ``shuffle=True`` is read in the order
+            of its data set.
         method: ``NetTrim(...)``, or one to measure against: ``Magnitude``, ``Random``, ``Wanda``, ``OBS``, ``SparseGPT``,
             ``LinearADMM``, ``LOBS``. Instead of a method, ``sparsity`` or ``epsilon``.
         sparsity: ``NetTrim(sparsity=...)`` with its defaults: the fraction of weights that become zero, in [0, 1); a number, or a mapping

@@ -84,13 +84,21 @@ def kind_of(path: Path) -> str | None:
         return None
 
 
+def place_of(path: object, what: str) -> Path:
+    """A path that the user gave. Raises InvalidInput for what is none; the message begins with ``what``."""
+    if isinstance(path, (str, os.PathLike)):
+        return Path(path)
+    saved = "; save it first, with its save(folder), and give that folder" if callable(getattr(path, "save", None)) else ""
+    raise InvalidInput(f"{what} must be a path, found {type(path).__name__}{saved}")
+
+
 def check_writable(folder: str | Path) -> Path:
     """Refuses an output folder that cannot be written to, before any work is done; creates it when it is missing.
 
     Raises:
         InvalidInput: the folder is a file, or it or its parent cannot be written to.
     """
-    path = Path(folder)
+    path = place_of(folder, "output folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import preimage
+from . import preimage, staging
 from .attention import opened
 from .calibration import Batches, Calibration
 from .capture import Replica, device_of, hashes, random_state_kept, read_graph, reference_replica, replicate, scan
@@ -81,18 +81,23 @@ def verify(
             exceeded; the message lists all of them.
         InvalidInput: files, model or data that do not fit together.
     """
+    folder = staging.place_of(folder, "verify: folder")
     stored, report = read_certificate(folder), read_report(folder)
     names = [layer.name for layer in stored.layers]
     _refuse_unusable(stored, names)
     given, model = model, opened(model)
     select(model, names, (), given)
     place = device_of(model, device)
-    problems = [*contradictions(folder), *unlike_page(folder)]
+    other: list[str] = []  # inputs than those of the certificate
+    files, problems = [*contradictions(folder), *unlike_page(folder)], list[str]()
     if hashes(model) != stored.reference_hash:
-        problems.append("the reference model's weights are not those that the certificate was made for")
+        other.append(
+            "the reference model's weights are not those that the certificate was made for; give the model that was pruned, with its "
+            "trained weights"
+        )
     pruned_model = opened(load(folder, copy.deepcopy(given)))
     if hashes(pruned_model) != stored.weights_hash:
-        problems.append("the stored weights are not those that the certificate was made for")
+        files.append("the stored weights are not those that the certificate was made for")
     batches = Calibration(calibration)
     with random_state_kept(place), shown(progress) as advance:
         pieces = 2 + (heldout is not None)
@@ -104,8 +109,9 @@ def verify(
         pruned = replicate(pruned_model, place, reference.dtype)
         found = scan(reference, names, batches)
         if found.data_hash != stored.calibration_hash:
-            problems.append(
-                "the calibration data are not those that the certificate was made for (values, dtype, order or batch sizes differ)"
+            other.append(
+                "the calibration data are not those that the certificate was made for (values, dtype, order or batch sizes differ); give "
+                "what prune was given"
             )
         uncalled = [name for name in names if name not in found.order]
         if uncalled:
@@ -150,8 +156,8 @@ def verify(
             problems += more
     if not again.sound:
         problems += again.failures()
-    if problems:
-        raise CertificateError("the certificate does not recompute:\n" + "\n".join(f"- {problem}" for problem in dict.fromkeys(problems)))
+    if other or files or problems:
+        raise CertificateError(_said([*other, *files], problems, bool(other)))
     return replace(again, not_checked=_not_checked(stored, report, heldout is not None))
 
 
@@ -166,6 +172,14 @@ def _claim(layer: LayerCertificate, reading: Reading) -> tuple[Claim, list[str]]
     activation = reading.activation if reading.activation.name == layer.activation else preimage.named(layer.activation)
     asked = (layer.budget, layer.pattern)
     return Claim(layer.name, activation, layer.tolerance, layer.gap_kind, layer.gap_level, reading.source, *asked), problems
+
+
+def _said(causes: list[str], problems: list[str], follows: bool) -> str:
+    """What does not recompute; the number of ``problems`` alone where they ``follow`` from other inputs than those of the certificate."""
+    lines = list(dict.fromkeys(problems))
+    if follows and lines:
+        lines = [f"{len(lines)} of the statements do not recompute from these inputs; they are listed where the inputs are the right ones"]
+    return "the certificate does not recompute:\n" + "\n".join(f"- {line}" for line in (*dict.fromkeys(causes), *lines))
 
 
 def _not_checked(stored: Certificate, report: PruneReport, heldout: bool) -> tuple[str, ...]:

@@ -112,6 +112,8 @@ def check_module(model: Any, what: str) -> None:
             remedy = "; if it is a state dict, load it into the model: model.load_state_dict(...)"
         elif isinstance(model, (str, Path)):
             remedy = "; make the model, and load its weights into it: model.load_state_dict(torch.load(path, weights_only=True))"
+        elif isinstance(getattr(model, "model", None), nn.Module):
+            remedy = "; give the network in it, its .model"
         elif kind == "ExportedProgram":
             remedy = "; give the module that it was exported from, or its .pt2 file on the command line"
         raise InvalidInput(f"{what} must be an nn.Module, found {kind}{remedy}")

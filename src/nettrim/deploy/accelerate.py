@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,21 @@ from .timing import Passes, apart, faster_in, side_by_side
 
 MARGIN = 1.03
 """By so much faster than the model as given an arrangement must be: a difference within the noise is none."""
+
+
+_KERNELS = f"{__package__}.kernels"
+
+
+def kernels_there(progress: bool | Advance) -> bool:
+    """Whether there are native kernels. They are compiled when they are first asked for, which takes a while and is shown: what measures
+    afterwards draws nothing beside it."""
+    if importlib.util.find_spec("numba") is None:
+        return False
+    if _KERNELS not in sys.modules:
+        with shown(progress) as advance:
+            advance(0, 1, "compiling the sparse kernels, once in a process")
+            importlib.import_module(_KERNELS)
+    return True
 
 
 @dataclass(frozen=True)
@@ -109,6 +126,7 @@ def accelerate(
     place, given = device_of(model, device), example
     if place.type not in ("cpu", "cuda"):
         raise InvalidInput(f"accelerate: {place} is a device without the kernel; use device='cpu', or 'cuda' for 2:4 zeros")
+    native = place.type == "cpu" and kernels_there(progress)
     with random_state_kept(place), shown(progress, still=True) as advance:
         advance(0, 3, "reading the model")
         twin = replicate(model, place, None)
@@ -125,7 +143,6 @@ def accelerate(
         if place.type == "cuda":
             found = semi_structured.search(twin, example, budget)
         else:
-            native = importlib.util.find_spec("numba") is not None
             found = sparse_candidates.search(
                 twin, example, budget, native, lambda module: differs(module) <= allowed, within(advance, 0, 3, share=2)
             )

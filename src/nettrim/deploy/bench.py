@@ -21,7 +21,7 @@ from ..outputs import Outputs, largest_difference, other_form
 from ..progress import Advance, shown, within
 from ..status import InvalidInput, NetTrimError
 from ..wrappers import takes_models
-from .accelerate import accelerate
+from .accelerate import accelerate, kernels_there
 from .bench_result import ACCELERATED, COMPACTED, DENSE, PRUNED, Bench, Form, Timing
 from .compact import check, compact, outputs
 from .counting import Counted, count
@@ -91,6 +91,8 @@ def bench(
     if reference is not None:
         check(reference, example, "bench: reference")
     place = device_of(model, device)
+    if place.type == "cpu":
+        kernels_there(progress)
     with _threads(threads), random_state_kept(place), shown(progress, still=True) as advance:
         work = _Work(place, example)
         steps = len(sizes) + 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ..calibration import check_batch, inputs_of, keywords_of
 from ..capture import Replica, device_of, random_state_kept, replicate
@@ -16,7 +18,7 @@ from ..graph import read
 from ..layers import without_values
 from ..outputs import Outputs, largest_difference, outputs_of
 from ..status import InvalidInput, NetTrimError, first_line
-from ..wrappers import takes_models
+from ..wrappers import check_module, takes_models
 from . import constants
 from .channels import Flow
 from .constants import Layer, Norm
@@ -112,11 +114,21 @@ def compact(model: nn.Module, example: Any, *, device: torch.device | str | None
     return Compacted(made, layers, (_count(model), _count(made)), difference, passes, (*staying(step), *reference.notes))
 
 
+def check_example(example: Any, what: str) -> None:
+    """Refuses what is not one batch."""
+    several = isinstance(example, (tuple, list)) and len(example) > 0 and isinstance(example[0], (tuple, list))
+    if several and isinstance(inputs_of(example[0]), (Tensor, Mapping)):
+        raise InvalidInput(f"{what}: example is one batch, found a {type(example).__name__} of them; give the first of it, data[0]")
+    if isinstance(example, (DataLoader, Iterable)) and not isinstance(example, (Tensor, tuple, list, Mapping, str, bytes, np.ndarray)):
+        raise InvalidInput(f"{what}: example is one batch, found a {type(example).__name__}; give the first of it, next(iter(data))")
+    check_batch(example, 1, f"{what}: example")
+
+
 def check(model: object, example: Any, what: str) -> None:
     """Refuses what is not a model with finite values, and an example that is none."""
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(f"{what}: model must be an nn.Module, found {type(model).__name__}")
-    check_batch(example, 1, f"{what}: example")
+    check_module(model, f"{what}: model")
+    assert isinstance(model, nn.Module)
+    check_example(example, what)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if without_values(tensor):
             raise InvalidInput(f"{what}: {name} holds no values yet (a lazy module, or the meta device); run or load the model first")

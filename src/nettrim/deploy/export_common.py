@@ -85,7 +85,7 @@ def refuse_different(found: float, tolerance: float, what: str, samples: int) ->
 
 def check_output(path: str | Path, suffix: str, *, force: bool = False, inputs: Iterable[str | Path | None] = ()) -> Path:
     """Refuses a file that cannot be written, or in whose place another must stay, before any work. Raises InvalidInput."""
-    place = Path(path)
+    place = staging.place_of(path, "export: the output")
     if place.suffix != suffix:
         raise InvalidInput(f"export: the output must end in {suffix}, found {str(place)!r}; rename it, or choose another format")
     if place.is_dir():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from .. import staging
@@ -90,6 +92,16 @@ def _program(twin: Replica, inputs: Any, least: int | None, along: Any) -> Expor
         dim = Dim("batch", min=least)
         shapes = ({0: dim},)
         if named is not None:
-            shapes = {key: {0: dim} if along[key] else None for key in named}
+            shapes = _as_taken(twin.model, {key: {0: dim} if along[key] else None for key in named})
     with torch.no_grad(), unheard():
         return torch.export.export(twin.model, positional, named, dynamic_shapes=shapes)
+
+
+def _as_taken(model: nn.Module, shapes: dict[str, Any]) -> dict[str, Any]:
+    """The sizes by name as torch.export wants them: those that forward takes as ``**kwargs`` in a mapping of that name."""
+    parameters = inspect.signature(model.forward).parameters
+    rest = next((name for name, item in parameters.items() if item.kind is item.VAR_KEYWORD), None)
+    if rest is None:
+        return shapes
+    own = {key: value for key, value in shapes.items() if key in parameters and key != rest}
+    return own | {rest: {key: value for key, value in shapes.items() if key not in own}}

@@ -17,7 +17,7 @@ PerLayer = float | Mapping[str, float]
 
 
 def check_target(method: str, kind: str, target: PerLayer) -> None:
-    """Refuses a sparsity outside [0, 1), and an epsilon or penalty that is negative or not finite."""
+    """Refuses a sparsity or an epsilon outside [0, 1), and a penalty that is negative or not finite."""
     if isinstance(target, Mapping):
         if not target:
             raise InvalidInput(f"{method}: {kind} is an empty mapping; name at least one layer")
@@ -31,9 +31,19 @@ def _check_number(method: str, label: str, kind: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise InvalidInput(f"{method}: {label} must be a finite number, found {value!r}")
     if kind == "sparsity" and not 0 <= value < 1:
-        raise InvalidInput(f"{method}: {label} is the fraction of zeros and must lie in [0, 1), found {value}")
+        raise InvalidInput(f"{method}: {label} is the fraction of zeros and must lie in [0, 1), found {value}{_percent(kind, value)}")
+    if kind == "epsilon" and value >= 1:
+        raise InvalidInput(
+            f"{method}: {label} is the share of its norm by which a layer's output may move and must lie in [0, 1), found {value}, "
+            f"which allows it to vanish{_percent(kind, value)}"
+        )
     if value < 0:
         raise InvalidInput(f"{method}: {label} must be >= 0, found {value}")
+
+
+def _percent(kind: str, value: float) -> str:
+    """How a number that was meant as one of per cent is written, as the end of a sentence."""
+    return f"; for {value:g} % write {kind}={value / 100:g}" if 1 < value < 100 else ""
 
 
 def numbers(target: PerLayer) -> list[float]:
