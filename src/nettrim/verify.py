@@ -88,10 +88,10 @@ def verify(
     given, model = model, opened(model)
     select(model, names, (), given)
     place = device_of(model, device)
-    other: list[str] = []  # inputs than those of the certificate
+    others: list[str] = []  # inputs that are not those of the certificate
     files, problems = [*contradictions(folder), *unlike_page(folder)], list[str]()
     if hashes(model) != stored.reference_hash:
-        other.append(
+        others.append(
             "the reference model's weights are not those that the certificate was made for; give the model that was pruned, with its "
             "trained weights"
         )
@@ -109,7 +109,7 @@ def verify(
         pruned = replicate(pruned_model, place, reference.dtype)
         found = scan(reference, names, batches)
         if found.data_hash != stored.calibration_hash:
-            other.append(
+            others.append(
                 "the calibration data are not those that the certificate was made for (values, dtype, order or batch sizes differ); give "
                 "what prune was given"
             )
@@ -131,9 +131,9 @@ def verify(
         graph = graph.where_trained(reference.model, trained)
         claims = []
         for layer in stored.layers:
-            claim, other = _claim(layer, graph.readings[layer.name])
+            claim, misread = _claim(layer, graph.readings[layer.name])
             claims.append(claim)
-            problems += other
+            problems += misread
         setup = Setup(
             method=stored.method,
             program=stored.program,
@@ -156,8 +156,8 @@ def verify(
             problems += more
     if not again.sound:
         problems += again.failures()
-    if other or files or problems:
-        raise CertificateError(_said([*other, *files], problems, bool(other)))
+    if others or files or problems:
+        raise CertificateError(_said([*others, *files], problems, bool(others)))
     return replace(again, not_checked=_not_checked(stored, report, heldout is not None))
 
 
