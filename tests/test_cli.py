@@ -176,7 +176,7 @@ def test_an_unreachable_tolerance_ends_with_3(workplace: Path) -> None:
         (("prune", "mine:small", *UNTRAINED, "--epsilon", "-1"), "must be >= 0"),
         (
             ("prune", "mine:small", *UNTRAINED),
-            "exactly one of epsilon, sparsity and penalty",
+            "--sparsity 0.8",
         ),
         (("prune", "mine:small", "--untrained", "--data", "nowhere.npy", "--output", "o", "--epsilon", "0.1"), "there is no such file"),
         (("prune", "mine:smal", *UNTRAINED, "--epsilon", "0.1"), "has no 'smal'"),

@@ -160,6 +160,31 @@ def test_random_weights_are_not_pruned_without_a_word(place: Path) -> None:
     assert "leave out one" in run(*given, "--force", "--weights", "w.pt", "--untrained", expect=2).output
 
 
+@pytest.mark.parametrize("method", [(), ("--method", "wanda"), ("--method", "lobs")])
+def test_without_a_target_the_lines_that_have_one_can_be_pasted(method: tuple[str, ...], place: Path) -> None:
+    given = ("prune", MODEL, *DATA, "--untrained", "--output", "out", *method)
+    lines = [line for line in run(*given, expect=2).output.splitlines() if line.startswith("  nettrim ")]
+    targets = ["--sparsity 0.8", "--epsilon 0.05"] if not method else ["--sparsity 0.8"]
+    assert [shlex.split(line)[1:] for line in lines] == [[*given, *target.split()] for target in targets]
+    run(*shlex.split(lines[0])[1:], "--json")
+
+
+def test_the_next_lines_can_be_pasted(place: Path) -> None:
+    torch.save(made_by(MODEL, "model").state_dict(), place / "my weights.pt")
+    (place / "models" / "unseen.py").write_text("import torch\ndef data():\n    return [torch.rand(30, 20)]\n")
+    given = ("--weights", "my weights.pt", *DATA, "--heldout", "models/unseen.py:data")
+    shown = run("prune", MODEL, *given, "--sparsity", "0.5", "--output", "out").output
+    tuned = run("distill", "out", MODEL, *given, "--steps", "2", "--output", "tuned").output
+    for text, folder in ((shown, "out"), (tuned, "tuned")):
+        lines = [shlex.split(line.removeprefix("next:")) for line in text[text.index("next:") :].splitlines()]
+        assert [line[1] for line in lines] == ["verify", "bench", "export"]
+        assert lines[0][1:] == ["verify", folder, MODEL, *given]
+        assert lines[1][2:] == [MODEL, "--weights", folder, "--reference", "my weights.pt", *DATA]
+        run(*lines[0][1:])
+    told = run("report", "out").output
+    assert "next:     nettrim verify out MODEL --weights FILE --data DATA --heldout DATA" in told and "result.save" not in told
+
+
 def test_weights_of_a_compiled_model_are_read_and_said(place: Path) -> None:
     state = made_by(MODEL, "model").state_dict()
     torch.save({f"_orig_mod.{key}": value for key, value in state.items()}, place / "w.pt")

@@ -141,7 +141,7 @@ def test_how_a_sparsity_is_shared_reaches_prune(workplace: Path, monkeypatch: py
         (("--method", "wanda", "--epsilon", "0.1", "--gamma", "2"), "does not take --epsilon and --gamma"),
         (("--method", "random", "--sparsity", "0.5", "--kappa", "0.5"), "leave it out, or choose nettrim"),
         (("--method", "magnitude", "--sparsity", "0.5", "--no-polish", "--program", "preimage"), "does not take --polish and --program"),
-        (("--method", "magnitude"), "Magnitude needs a sparsity"),
+        (("--method", "magnitude"), "prune needs to know how far to go"),
         (("--method", "sparsegpt", "--pattern", "rows", "--sparsity", "0.5"), "SparseGPT takes pattern N:M"),
         (("--method", "lobs", "--pattern", "2:4"), "does not take --pattern"),
         (("--error", "0.1"), "--method nettrim does not take --error"),

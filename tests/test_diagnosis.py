@@ -248,7 +248,7 @@ def test_other_things_than_batches(data: Any, words: str) -> None:
 @pytest.mark.parametrize(
     ("example", "words"),
     [
-        (DataLoader(TensorDataset(images(8, 20), LABELS), 4), "found a DataLoader; give the first of it, next(iter(data))"),
+        (DataLoader(TensorDataset(images(16, 20), LABELS), 4), "found a DataLoader; give the first of it, next(iter(data))"),
         ([(images(4, 20), LABELS[:4])], "found a list of them; give the first of it, data[0]"),
         ((batch for batch in [images(4, 20)]), "found a generator; give the first of it, next(iter(data))"),
         ([["a", "b"]], "must be a tensor"),

@@ -40,6 +40,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(workplace: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, expect: int = 0) -> Result:
     monkeypatch.chdir(workplace)
+    monkeypatch.setattr("nettrim.progress.SHORT", float("inf"))  # how far it is would be shown on a busy machine
     done = CliRunner().invoke(
         app, ["export", MODEL, "--data", "data.npy", *([] if "--weights" in arguments else ["--untrained"]), *arguments]
     )

@@ -139,7 +139,7 @@ class Display:
             if not self.still:
                 self.bar.start()
         elif not self.still:
-            self.pulse = _Pulse(self.line)
+            self.pulse = _Pulse(self.beat)
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -170,6 +170,11 @@ class Display:
             self.last = self.clock()
             left = "" if estimate.left is None else f", about {duration(estimate.left)} left"
             self._print(f"{_pieces(done, total)}: {self.what} ({duration(estimate.elapsed)}{left})")
+
+    def beat(self) -> None:
+        """What shows beside the work that it lives, where the work itself has long told nothing."""
+        if self.estimate.elapsed >= PAUSE:
+            self.line()
 
     def _print(self, text: str) -> None:
         self.lines += 1

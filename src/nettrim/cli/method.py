@@ -9,7 +9,9 @@ from typing import Any
 
 from ..methods import LOBS, OBS, LinearADMM, Magnitude, Method, NetTrim, Random, SparseGPT, Wanda
 from ..status import InvalidInput
+from .options import again
 
+TARGETS = ("sparsity", "epsilon", "penalty", "error", "pattern")
 METHODS: dict[str, Callable[..., Method]] = {
     "nettrim": NetTrim,
     "magnitude": Magnitude,
@@ -41,6 +43,10 @@ def method_from(name: str, options: Mapping[str, Any], seed: int) -> Method:
             f"--method {key} does not take {_listed(refused)}; it takes {_listed([option for option in options if option in takes])}. "
             f"Leave {'it' if len(refused) == 1 else 'them'} out{', or choose ' if others else ''}{' or '.join(others)}"
         )
+    targets = [text.split() for text in ("--sparsity 0.8", "--epsilon 0.05") if text.split()[0][2:] in takes]
+    if targets and not any(option in given for option in TARGETS):
+        lines = "".join(f"\n  {again(*words)}" for words in targets)
+        raise InvalidInput(f"prune needs to know how far to go; a share of zeros, say, or how far each layer's output may move:{lines}")
     return METHODS[key](**given, **({"seed": seed} if "seed" in takes else {}))
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import checkpoint, render
 from ..certificate import Certificate
 from ..report import PruneReport
+from ..sources import carries_weights
 from ..status import CertificateError
-from ..summary import NEXT, result_text
+from ..summary import result_text
 from ..terminal import Terminal
 from .ending import answer
 
@@ -29,7 +30,7 @@ def show(
     as_json: bool,
     *,
     bench: Mapping[str, Any] | None = None,
-    following: str = NEXT,
+    following: str,
 ) -> None:
     """A result: tables, notes and the five lines, of which ``following`` is the last; or one JSON object, which also holds what was
     measured of it (``bench``)."""
@@ -49,13 +50,18 @@ def show(
     console.print(result_text(report, certificate, following), highlight=False, markup=False, soft_wrap=True)
 
 
-def next_commands(folder: Path, names: Sequence[str]) -> str:
-    """The commands that follow a prune, with the names that it was given; ``names`` are its model, weights and data, as words."""
+def next_commands(folder: Path, model: str, weights: Path | None, data: str, heldout: str | None) -> str:
+    """The commands that follow a prune, with the names that it was given; without ``weights`` the model's own were pruned."""
+    own = [] if weights is None else ["--weights", str(weights)]
+    untrained = [] if own or carries_weights(model) else ["--untrained"]
     place = f"./{folder}" if str(folder).startswith("-") else str(folder)  # or it is read as an option
-    given = shlex.join(names)
-    plain = shlex.join([names[0], "--weights", place, *names[-2:]])
-    lines = (f"verify {shlex.quote(place)} {given}", f"bench {plain}", f"export {plain} --compact --output model.onnx")
-    return "\n          ".join(f"nettrim {line}" for line in lines)
+    pruned = [model, "--weights", place]
+    lines = (
+        ["verify", place, model, *own, *untrained, "--data", data, *([] if heldout is None else ["--heldout", heldout])],
+        ["bench", *pruned, *(["--reference", str(weights)] if own else []), "--data", data],
+        ["export", *pruned, "--data", data, "--compact", "--output", "model.onnx"],
+    )
+    return "\n          ".join(shlex.join(["nettrim", *line]) for line in lines)
 
 
 def size_of(folder: Path) -> dict[str, Any] | None:
@@ -69,5 +75,5 @@ def size_words(folder: Path) -> str:
     size = size_of(folder)
     if size is None:
         return f"weights: {checkpoint.MODEL} is not in this folder"
-    packed = f"; {size['packed']} of {size['tensors']} tensors packed" if size["packed"] else ""
+    packed = f"; {size['packed']} of {size['tensors']} tensors packed" if size["packed"] else "; with --compressed zeros take no place"
     return f"weights: {size['stored_bytes']:,} bytes on disk, {size['dense_bytes']:,} dense ({size['ratio']:.1%}{packed})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shlex
 from dataclasses import fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -192,8 +193,7 @@ def prune_command(
     )
     result = with_notes(result, source)
     checkpoint.save(result, output, compressed=compressed, force=force, inputs=read)
-    names = [model, *(["--untrained"] if untrained else []), *(() if weights is None else ("--weights", str(weights))), "--data", data]
-    show(result.report, result.certificate, output, as_json, following=next_commands(output, names))
+    show(result.report, result.certificate, output, as_json, following=next_commands(output, model, weights, data, heldout))
     exit_unless_met(result.certificate)
 
 
@@ -260,7 +260,9 @@ def report_command(
         page = render.report_html(report, certificate, masks, bench=bench, files=checkpoint.file_hashes(folder))
         with staging.writing(html.parent, [html.name], "page") as hidden:
             (hidden / html.name).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    show(report, certificate, folder, as_json, bench=None if bench is None else bench.to_dict())
+    unseen = "" if certificate.heldout is None else " --heldout DATA"
+    following = f"nettrim verify {shlex.quote(str(folder))} MODEL --weights FILE --data DATA{unseen}  (those that were given to prune)"
+    show(report, certificate, folder, as_json, bench=None if bench is None else bench.to_dict(), following=following)
     if as_json:
         return
     for sentence in render.certificate_words(certificate)[1:]:
@@ -335,5 +337,5 @@ def distill_command(
         made_of = {"report": result.report.to_dict(), "certificate": result.certificate.to_dict(), "size": size_of(output)}
         answer({"output": str(output), "distilled": told, **made_of})
     else:
-        show(result.report, result.certificate, output, as_json)
+        show(result.report, result.certificate, output, as_json, following=next_commands(output, model, weights, data, heldout))
     exit_unless_met(result.certificate)

@@ -144,7 +144,8 @@ def demo_command(
                 console.print(table)
             for note in made.notes:
                 console.print(f"note: {note}", highlight=False, markup=False)
-        show(done.result.report, done.result.certificate, output, as_json)
+        following = f"open {output / checkpoint.PAGE} in a browser; for a network of your own: nettrim layers net.py:make"
+        show(done.result.report, done.result.certificate, output, as_json, following=following)
     exit_unless_met(done.result.certificate)
 
 

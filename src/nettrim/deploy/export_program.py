@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +93,30 @@ def _program(twin: Replica, inputs: Any, least: int | None, along: Any) -> Expor
         dim = Dim("batch", min=least)
         shapes = ({0: dim},)
         if named is not None:
-            shapes = _as_taken(twin.model, {key: {0: dim} if along[key] else None for key in named})
-    with torch.no_grad(), unheard():
+            shapes = {key: {0: dim} if along[key] else None for key in named}
+    with torch.no_grad(), unheard(), _named(twin.model, named or ()):
         return torch.export.export(twin.model, positional, named, dynamic_shapes=shapes)
 
 
-def _as_taken(model: nn.Module, shapes: dict[str, Any]) -> dict[str, Any]:
-    """The sizes by name as torch.export wants them: those that forward takes as ``**kwargs`` in a mapping of that name."""
-    parameters = inspect.signature(model.forward).parameters
-    rest = next((name for name, item in parameters.items() if item.kind is item.VAR_KEYWORD), None)
-    if rest is None:
-        return shapes
-    own = {key: value for key, value in shapes.items() if key in parameters and key != rest}
-    return own | {rest: {key: value for key, value in shapes.items() if key not in own}}
+@contextmanager
+def _named(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """While it stands, forward takes by these names what it takes as ``**kwargs``: torch.export gives a size to named inputs alone."""
+    forward, own = model.forward, vars(model).get("forward")
+    takes = inspect.signature(forward).parameters.values()
+    if all(item.kind is not item.VAR_KEYWORD for item in takes) or not all(name.isidentifier() for name in names):
+        yield
+        return
+
+    def named(**given: Any) -> Any:
+        return forward(**given)
+
+    named.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    )
+    model.forward = named
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
