@@ -180,8 +180,8 @@ def test_a_name_without_a_factory_is_told_of_before_its_weights(place: Path, nam
 
 
 def test_a_folder_that_looks_like_an_option_can_be_pasted() -> None:
-    assert "verify ./-out net.py:make" in next_commands(Path("-out"), ["net.py:make", "--untrained", "--data", "x.npy"])
-    assert "--weights ./-out" in next_commands(Path("-out"), ["net.py:make", "--untrained", "--data", "x.npy"])
+    said = next_commands(Path("-out"), "net.py:make", None, "x.npy", None)
+    assert "verify ./-out net.py:make --untrained" in said and "--weights ./-out" in said
 
 
 def test_a_folder_given_as_weights_is_told_of(place: Path) -> None:
