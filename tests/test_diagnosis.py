@@ -269,6 +269,12 @@ def test_an_example_is_one_batch(example: Any, words: str, tmp_path: Path) -> No
         assert words in str(caught.value)
 
 
+def test_labels_of_as_many_dimensions_in_first_place() -> None:
+    x, targets = images(16, 20), images(16, 1)
+    assert "the second item looks like the inputs; give [(x, y) for y, x in data]" in refused(dense(), [(targets, x)])
+    assert "second item" not in refused(dense(), [(images(16, 19), images(16, 5))])
+
+
 def test_every_entry_says_the_same(tmp_path: Path) -> None:
     model, good, bad = dense(), [images(16, 20)], [(images(16, 20) * 255).to(torch.uint8)]
     result = prunes(model, good)

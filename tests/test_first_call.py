@@ -60,6 +60,13 @@ def test_the_choice_is_explained_with_both_lines() -> None:
         assert eval(line.replace(")", ", progress=False)"), {"nettrim": nettrim, "model": network(), "data": data()}).model
 
 
+def test_results_say_in_a_session_what_they_say_in_print() -> None:
+    public = [getattr(nettrim, name) for name in nettrim.__all__]
+    results = [kind for kind in public if isinstance(kind, type) and "__str__" in vars(kind) and not issubclass(kind, Exception)]
+    assert {nettrim.PruneResult, nettrim.Certificate, nettrim.Compacted, nettrim.Bench, nettrim.Exported} <= set(results)
+    assert all(kind.__repr__ is kind.__str__ for kind in results)
+
+
 @pytest.mark.parametrize(
     ("target", "words"),
     [

@@ -34,6 +34,8 @@ class Alternated:
 
         return alternated_text(self)
 
+    __repr__ = __str__
+
 
 @takes_models("model")
 def alternate(

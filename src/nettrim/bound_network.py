@@ -91,6 +91,8 @@ class GapBound:
 
         return bound_text(self)
 
+    __repr__ = __str__
+
 
 class NetworkBounds:
     """The bounds of one network; made by :func:`network_bounds`, asked as often as wanted."""
@@ -117,6 +119,8 @@ class NetworkBounds:
         from .render.bounds import bounds_text  # presentation stays in render
 
         return bounds_text(self)
+
+    __repr__ = __str__
 
     @property
     def forms(self) -> tuple[Form, ...]:

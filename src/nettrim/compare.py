@@ -108,6 +108,8 @@ class Comparison:
 
         return compare_text(self)
 
+    __repr__ = __str__
+
 
 def methods_named(names: str | Sequence[str], pattern: str | None = None) -> list[str]:
     """Names of ``METHODS`` for names in any case; ``"all"`` stands for all of them that take the pattern.

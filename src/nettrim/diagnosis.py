@@ -127,9 +127,10 @@ def _swapped(run: Run, batch: Any) -> str:
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
         return ""
     first, second = batch[0], batch[1]
-    if not isinstance(first, Tensor) or not isinstance(second, Tensor) or second.ndim <= first.ndim:
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor) or second.ndim < first.ndim:
         return ""
-    repair = "" if _runs(run, second[:SAMPLES]) else _repair(run, second)
+    # a second item of as many dimensions may be labels as well: it is the inputs where the model runs on it as it is
+    repair = "" if _runs(run, second[:SAMPLES]) else _repair(run, second) if second.ndim > first.ndim else None
     if repair is None:
         return ""
     given = repair or "x"

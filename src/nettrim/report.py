@@ -186,6 +186,8 @@ class PruneReport:
 
         return report_text(self)
 
+    __repr__ = __str__
+
 
 def as_certified(layers: Sequence[LayerReport], certificate: Certificate) -> list[LayerReport]:
     """The layers with the certificate's numbers in the place of those of the moment when each was solved: one number for one thing.

@@ -126,6 +126,8 @@ class Trimmed:
 
         return trimmed_text(self)
 
+    __repr__ = __str__
+
 
 @takes_models("model")
 def trim(

@@ -88,6 +88,8 @@ class Accelerated:
 
         return accelerated_text(self)
 
+    __repr__ = __str__
+
 
 @takes_models("model")
 def accelerate(

@@ -145,6 +145,8 @@ class Bench:
 
         return bench_text(self)
 
+    __repr__ = __str__
+
 
 def _times(before: int | None, after: int | None) -> float | None:
     return before / after if before is not None and after else None

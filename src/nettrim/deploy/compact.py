@@ -71,6 +71,8 @@ class Compacted:
 
         return compacted_text(self)
 
+    __repr__ = __str__
+
 
 @takes_models("model")
 def compact(model: nn.Module, example: Any, *, device: torch.device | str | None = None) -> Compacted:

@@ -57,3 +57,5 @@ class Exported:
         from ..render.deploy_words import exported_text  # presentation stays in render
 
         return exported_text(self)
+
+    __repr__ = __str__
